@@ -130,7 +130,7 @@ def act(
 class ExtractionAgent(Agent):
     "Reads the conversation, writes facts (§4.1, step 0)."
     name = "extraction"
-    template = "Write at most {budget} facts about the user, one a line, each behind the number of its turn.\n{history}\nFacts:\n"
+    template = "Write at most {budget} facts about the user, one a line, each followed by the number of its turn.\n{history}\nFacts:\n"
     def fields(self, state)->dict: return {"history": render_history(state.history)}
     def parse(self, text, state)->Action:
         return parse_notes(text, {m.turn: (m.turn,) for s in state.history for m in s.messages}, self.budget)
@@ -139,7 +139,7 @@ class ExtractionAgent(Agent):
 class ProfileAgent(Agent):
     "Reads the facts, writes preferences and profile (§4.1, step 1)."
     name = "profile"
-    template = "Write at most {budget} preferences of the user, one a line, each behind the number of its fact.\n{facts}\nProfile:\n"
+    template = "Write at most {budget} preferences of the user, one a line, each followed by the number of its fact.\n{facts}\nProfile:\n"
     def fields(self, state)->dict: return {"facts": render_notes(state.fine)}
     def parse(self, text, state)->Action:
         return parse_notes(text, {i: n.cites for i, n in enumerate(state.fine, 1)}, self.budget)

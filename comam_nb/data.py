@@ -12,6 +12,7 @@ __all__ = ['ROLES', 'PERSONAMEM_KINDS', 'LOCOMO_KINDS', 'NO_ANSWER', 'DataError'
 import ast, csv, html, io, json, logging, os, random, re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +22,22 @@ class DataError(ValueError):
     "Input that cannot be read or used. The text says where (file, line, field), what is wrong, and what to do."
 
 # %% ../nbs/00_data.ipynb #530bf725
+@contextmanager
+def _at(
+    where:str, # file, line, field
+): # a context in which every DataError starts with `where`
+    "Say where an error happened."
+    try: yield
+    except DataError as e: raise DataError(f"{where}: {e}") from None
+
+# %% ../nbs/00_data.ipynb #b298bb8d
+def _clean(
+    text:str, # may hold halves of characters
+)->str: # can be encoded as UTF-8
+    "Join surrogate pairs and replace lone surrogates."
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+# %% ../nbs/00_data.ipynb #245c0940
 def _get(
     record, # a JSON object
     name:str, # the field wanted
@@ -38,12 +55,12 @@ def _get(
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         want = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise DataError(f"{where}: field '{name}' is of type {type(value).__name__}. Make it {want}.")
-    return value
+    return _clean(value) if isinstance(value, str) else value
 
-# %% ../nbs/00_data.ipynb #25ed518e
+# %% ../nbs/00_data.ipynb #82588cbd
 ROLES = ("user", "assistant", "system")
 
-# %% ../nbs/00_data.ipynb #f22c3ffe
+# %% ../nbs/00_data.ipynb #e26c2f8d
 @dataclass(frozen=True)
 class Message:
     "One turn of a conversation."
@@ -70,7 +87,7 @@ class Message:
         if role not in ROLES: raise DataError(f"{where}: unknown role {role!r}. Use one of {', '.join(ROLES)}.")
         return cls(role, content, _get(record, "turn", int, where, 0), str(_get(record, "id", (str, int), where, "")))
 
-# %% ../nbs/00_data.ipynb #1f4243d4
+# %% ../nbs/00_data.ipynb #fd513f38
 def _table(
     sessions:Iterable, # of Session
     evidence:frozenset=frozenset(), # turn numbers to mark; they are always shown
@@ -91,7 +108,7 @@ def _table(
     if hidden: rows.append(f"<tr><td colspan='3'>{hidden} more turns are not shown here</td></tr>")
     return "<table style='color:inherit'><tr><th>turn</th><th>role</th><th style='text-align:left'>text</th></tr>" + "".join(rows) + "</table>"
 
-# %% ../nbs/00_data.ipynb #e26c2f8d
+# %% ../nbs/00_data.ipynb #27b1dc39
 @dataclass(frozen=True, repr=False)
 class Session:
     "Messages that belong together."
@@ -117,7 +134,7 @@ class Session:
         messages = (Message.from_json(m, f"{where}, message {i}") for i, m in enumerate(messages, 1))
         return cls(_get(record, "id", str, where), tuple(messages), _get(record, "date", str, where, ""))
 
-# %% ../nbs/00_data.ipynb #4e435f01
+# %% ../nbs/00_data.ipynb #3cfd1c1d
 @dataclass(frozen=True)
 class Query:
     "What the user asks after the history."
@@ -140,7 +157,7 @@ class Query:
         "Raises `DataError` on missing or mistyped fields."
         return cls(_get(record, "text", str, where), _get(record, "id", str, where, ""), _get(record, "kind", str, where, ""))
 
-# %% ../nbs/00_data.ipynb #fd513f38
+# %% ../nbs/00_data.ipynb #62848d2c
 def _check_episode(
     episode, # Episode
 ): # nothing
@@ -157,7 +174,7 @@ def _check_episode(
     if episode.options is not None and episode.answer and episode.answer not in "abcdefghijklmnopqrstuvwxyz"[:len(episode.options)]:
         raise DataError(f"{where}: answer {episode.answer!r} is not the letter of one of the {len(episode.options)} options.")
 
-# %% ../nbs/00_data.ipynb #438b8794
+# %% ../nbs/00_data.ipynb #d1d49e9e
 @dataclass(repr=False)
 class Episode:
     "History H, query q, evidence E_q, answer p* (CoMAM §4.1). Raises `DataError` if they do not fit together."
@@ -181,10 +198,12 @@ class Episode:
         "All messages of the history."
         return [m for s in self.history for m in s.messages]
 
-    def to_json(self)->dict: # plain JSON values, the history included
+    def to_json(self,
+        history:bool=True, # False: leave the history out
+    )->dict: # plain JSON values
         "A JSON object; `from_json` is its inverse."
-        return dict(id=self.id, user=self.user, history=[s.to_json() for s in self.history], query=self.query.to_json(),
-                    options=None if self.options is None else list(self.options), answer=self.answer,
+        sessions = dict(history=[s.to_json() for s in self.history]) if history else {}
+        return dict(id=self.id, user=self.user, **sessions, query=self.query.to_json(), options=None if self.options is None else list(self.options), answer=self.answer,
                     evidence=sorted(self.evidence), evidence_kind=self.evidence_kind, meta=self.meta)
 
     @classmethod
@@ -204,7 +223,7 @@ class Episode:
         lines += [("answer", self.answer), (f"evidence ({self.evidence_kind})", ", ".join(map(str, sorted(self.evidence))) or "none")]
         return _table(self.history, self.evidence) + "".join(f"<div><b>{html.escape(k)}</b> {html.escape(v)}</div>" for k, v in lines)
 
-# %% ../nbs/00_data.ipynb #3cfd1c1d
+# %% ../nbs/00_data.ipynb #cc01710c
 def _episode_from_json(
     record, # as Episode.to_json writes it
     where:str, # named in errors
@@ -217,10 +236,9 @@ def _episode_from_json(
     if not all(type(t) is int for t in evidence): raise DataError(f"{where}: field 'evidence' must hold turn numbers only.")
     text = {k: _get(record, k, str, where, d) for k, d in (("answer", ""), ("user", ""), ("id", ""), ("evidence_kind", "gold"))}
     query, meta = Query.from_json(_get(record, "query", dict, where), where), _get(record, "meta", dict, where, {})
-    try: return Episode(history, query, options=options, evidence=evidence, meta=meta, **text)
-    except DataError as e: raise DataError(f"{where}: {e}") from None
+    with _at(where): return Episode(history, query, options=options, evidence=evidence, meta=meta, **text)
 
-# %% ../nbs/00_data.ipynb #62848d2c
+# %% ../nbs/00_data.ipynb #4fd449b4
 def _as_message(
     m, # Message, (role, content) or {"role", "content"}
     where:str, # named in errors
@@ -232,7 +250,7 @@ def _as_message(
         raise DataError(f"{where}: {m!r} is not a message. Give a list of sessions, each a list of (role, content) pairs.")
     return Message.from_json(m, where)
 
-# %% ../nbs/00_data.ipynb #d1d49e9e
+# %% ../nbs/00_data.ipynb #b37fc401
 def make_history(
     sessions:Iterable, # each a Session, or a list of Message, (role, content) or {"role", "content"}
 )->tuple: # of Session, turns numbered 1, 2, … over all of them
@@ -247,7 +265,7 @@ def make_history(
         out.append(replace(s, messages=tuple(messages)))
     return tuple(out)
 
-# %% ../nbs/00_data.ipynb #27d09e2d
+# %% ../nbs/00_data.ipynb #00db0cef
 def example_episode()->Episode: # 8 turns in 2 sessions, evidence {3, 7}
     "The small episode that every notebook uses."
     history = make_history([
@@ -257,7 +275,7 @@ def example_episode()->Episode: # 8 turns in 2 sessions, evidence {3, 7}
          ("user", "I stopped coffee. My favourite drink is tea now."), ("assistant", "Tea it is.")]])
     return Episode(history, Query("What is my favourite drink?"), answer="tea", evidence={3, 7}, user="ana", id="example")
 
-# %% ../nbs/00_data.ipynb #9a1bfca7
+# %% ../nbs/00_data.ipynb #73dbc419
 def training_view(
     episode:Episode, # with the full history
 )->Episode: # the sessions with evidence only; the same episode if it has no evidence
@@ -265,7 +283,7 @@ def training_view(
     if not episode.evidence: return episode
     return replace(episode, history=tuple(s for s in episode.history if any(m.turn in episode.evidence for m in s.messages)))
 
-# %% ../nbs/00_data.ipynb #03d9807d
+# %% ../nbs/00_data.ipynb #caeb12a4
 class Episodes(list):
     "A list of `Episode` with the reader's report: `source`, `dropped` and `repaired` (reason -> count)."
     def __init__(self,
@@ -279,13 +297,14 @@ class Episodes(list):
 
     def __repr__(self):
         users, kinds = {e.user for e in self}, Counter(e.evidence_kind for e in self)
-        lines = [f"{len(self)} episodes of {len(users)} users" + (f" from {self.source}" if self.source else "")]
+        count = lambda n, what: f"{n} {what}{'s' * (n != 1)}"
+        lines = [f"{count(len(self), 'episode')} of {count(len(users), 'user')}" + (f" from {self.source}" if self.source else "")]
         if self: lines.append("  evidence: " + ", ".join(f"{k} {n}" for k, n in kinds.most_common()))
         for name, counts in (("dropped", self.dropped), ("repaired", self.repaired)):
             if counts: lines.append(f"  {name} {sum(counts.values())}: " + "; ".join(f"{k} {n}" for k, n in counts.most_common()))
         return "\n".join(lines)
 
-# %% ../nbs/00_data.ipynb #c0f213f9
+# %% ../nbs/00_data.ipynb #39826034
 def _lines(
     path, # a file
 )->Iterator: # (line number from 1, text without the line end)
@@ -299,7 +318,7 @@ def _lines(
             except UnicodeDecodeError as e: raise DataError(f"{path}, line {n}: not UTF-8 text (byte {e.start + 1} of the line). Save the file as UTF-8.") from None
             yield n, text
 
-# %% ../nbs/00_data.ipynb #4524c0f6
+# %% ../nbs/00_data.ipynb #dbc35ddd
 def _parse(
     text:str, # JSON
     path, # named in errors
@@ -311,7 +330,7 @@ def _parse(
         raise DataError(f"{path}, line {line + e.lineno - 1}: broken JSON, {e.msg} (column {e.colno}). Repair or remove it.") from None
     except RecursionError: raise DataError(f"{path}, line {line}: the JSON is nested too deeply. Repair or remove it.") from None
 
-# %% ../nbs/00_data.ipynb #caeb12a4
+# %% ../nbs/00_data.ipynb #f6ea721d
 def _values(
     path, # a .json or .jsonl file
 )->Iterator: # (place, value): one pair for each non-empty line of JSONL, one for a whole JSON file
@@ -323,7 +342,7 @@ def _values(
     elif suffix == ".json": yield str(path), _parse("".join(t for _, t in _lines(path)), path)
     else: raise DataError(f"{path}: unknown file kind {suffix or 'without suffix'!r}. Give a .json or .jsonl file.")
 
-# %% ../nbs/00_data.ipynb #39826034
+# %% ../nbs/00_data.ipynb #9da343de
 def _is_hub_name(
     name, # what the user passed
 )->bool: # True for `owner/name` that is not a file or directory here
@@ -332,7 +351,7 @@ def _is_hub_name(
     known = (".csv", ".json", ".jsonl", ".ndjson", ".txt", ".chatml")
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not name.lower().endswith(known)
 
-# %% ../nbs/00_data.ipynb #dbc35ddd
+# %% ../nbs/00_data.ipynb #73f844f2
 def _from_hub(
     name:str, # `owner/name`
     *args, # passed on to datasets.load_dataset
@@ -348,10 +367,11 @@ def _from_hub(
         why = (str(e).strip().splitlines() or [""])[0][:200]
         raise DataError(f"{name}: not a file here, and the hub did not give it ({type(e).__name__}: {why}). Check the name, the connection and that `datasets` is installed.") from e
 
-# %% ../nbs/00_data.ipynb #c14c0e9c
+# %% ../nbs/00_data.ipynb #0c1291e0
 def parse_options(
     raw, # a JSON list, a Python list literal, or a list of "(a) …" texts
     where:str="options", # named in errors
+    name:str="all_options", # the field, named in errors
 )->tuple: # texts without labels, in the order of their letters
     "The option texts of a multiple-choice row. Raises `DataError`."
     values = raw
@@ -361,27 +381,29 @@ def parse_options(
             try: values = ast.literal_eval(raw)
             except (ValueError, SyntaxError, RecursionError, MemoryError): values = None
     if not isinstance(values, (list, tuple)) or len(values) < 2 or not all(isinstance(v, str) for v in values):
-        raise DataError(f"{where}: field 'all_options' is neither a JSON list nor a Python list of two or more texts: {str(raw)[:80]!r}.")
+        raise DataError(f"{where}: field '{name}' is neither a JSON list nor a Python list of two or more texts: {str(raw)[:80]!r}.")
+    values = [_clean(v) for v in values]
     labels = [re.match(r"\s*\(([a-z])\)\s*", v) for v in values]
     if not any(labels): return tuple(values)
     pairs = sorted((m[1], v[m.end():]) for m, v in zip(labels, values) if m)
     if [p[0] for p in pairs] != [chr(97 + i) for i in range(len(values))]:
-        raise DataError(f"{where}: the options' labels are not (a), (b), … once each.")
+        raise DataError(f"{where}: field '{name}' does not have the labels (a), (b), … once each.")
     return tuple(text for _, text in pairs)
 
-# %% ../nbs/00_data.ipynb #785c5b10
+# %% ../nbs/00_data.ipynb #6bb49032
 def _letter(
     raw:str, # like "(c)"
     options:tuple, # the options it chooses from
     where:str, # named in errors
+    name:str="correct_answer", # the field, named in errors
 )->str: # like "c"
     "The letter of the right option. Raises `DataError`."
     m = re.fullmatch(r"\(?([a-z])\)?", raw.strip().lower())
     if not m or ord(m[1]) - 97 >= len(options):
-        raise DataError(f"{where}: field 'correct_answer' is {raw!r}. Make it the letter of one of the {len(options)} options, like (a).")
+        raise DataError(f"{where}: field '{name}' is {raw!r}. Make it the letter of one of the {len(options)} options, like (a).")
     return m[1]
 
-# %% ../nbs/00_data.ipynb #0c1291e0
+# %% ../nbs/00_data.ipynb #d7c50da0
 PERSONAMEM_KINDS = {
     "recalling_facts_mentioned_by_the_user": "recall_user_shared_facts",
     "recalling_the_latest_user_preferences": "acknowledge_latest_user_preferences",
@@ -391,7 +413,7 @@ PERSONAMEM_KINDS = {
     "generalizing_to_new_scenarios": "generalize_to_new_scenarios",
 }
 
-# %% ../nbs/00_data.ipynb #6bb49032
+# %% ../nbs/00_data.ipynb #709be3c5
 def _context_sessions(
     messages, # list of {"role", "content"}: one shared context
     where:str, # named in errors
@@ -407,18 +429,22 @@ def _context_sessions(
         if m.role == "system" and not keep_system: continue
         if text.strip(): sessions[-1].append(replace(m, content=text, id=str(i)))
         else: dropped["message without text, in a context"] += 1
-    return make_history(Session(f"s{n}", s) for n, s in enumerate(sessions, 1))
+    return make_history(Session(f"s{n}", s) for n, s in enumerate(sessions, 1) if s)
 
-# %% ../nbs/00_data.ipynb #68b8c7b6
+# %% ../nbs/00_data.ipynb #65a45502
 def _before(
     sessions:tuple, # of Session; Message.id is the index in the context
     end:int, # exclusive end index
 )->tuple: # of Session: the messages with index < end; whole sessions are shared, not copied
     "The history that a question sees."
-    kept = (tuple(m for m in s.messages if int(m.id) < end) for s in sessions)
-    return tuple(s if len(k) == len(s.messages) else replace(s, messages=k) for s, k in zip(sessions, kept) if k)
+    out = []
+    for s in sessions:
+        if int(s.messages[-1].id) < end: out.append(s); continue
+        if kept := [m for m in s.messages if int(m.id) < end]: out.append(replace(s, messages=kept))
+        break
+    return tuple(out)
 
-# %% ../nbs/00_data.ipynb #709be3c5
+# %% ../nbs/00_data.ipynb #5ad92376
 def _csv_rows(
     path, # a CSV file with a header
     columns:tuple, # columns that must be there
@@ -434,11 +460,11 @@ def _csv_rows(
             yield f"{path}, line {reader.line_num - sum(v.count(chr(10)) for v in row.values())}", row
     except csv.Error as e: raise DataError(f"{path}, line {reader.line_num}: broken CSV, {e}. Repair or remove the row.") from None
 
-# %% ../nbs/00_data.ipynb #3a15abd3
+# %% ../nbs/00_data.ipynb #a16fe1ab
 _PERSONAMEM_COLUMNS = ("persona_id", "question_id", "question_type", "user_question_or_message", "correct_answer",
                        "all_options", "shared_context_id", "end_index_in_shared_context")
 
-# %% ../nbs/00_data.ipynb #65a45502
+# %% ../nbs/00_data.ipynb #d1a76ac0
 def _personamem_source(
     questions, # a CSV file or a hub name
     contexts, # a JSONL file, or None with a hub name
@@ -448,14 +474,17 @@ def _personamem_source(
     "Where to read PersonaMem from. Raises `DataError`."
     if _is_hub_name(questions):
         table = _from_hub(questions, "benchmark", split=size, revision=revision)
-        rows = ((f"{questions} [{size}], row {i}", {k: v if isinstance(v, list) else str(v) for k, v in row.items()}) for i, row in enumerate(table))
+        if missing := [c for c in _PERSONAMEM_COLUMNS if c not in table.column_names]:
+            raise DataError(f"{questions} [{size}]: column {missing[0]!r} is missing. Is this PersonaMem v1? Its columns are {table.column_names}.")
+        text = lambda v: v if isinstance(v, list) else "" if v is None else str(v)
+        rows = ((f"{questions} [{size}], row {i}", {k: text(v) for k, v in row.items()}) for i, row in enumerate(table))
         return rows, contexts or _from_hub(questions, file=f"shared_contexts_{size}.jsonl", revision=revision)
     if Path(questions).suffix.lower() != ".csv":
         raise DataError(f"{questions}: unknown file kind. Give the questions as a .csv file or as a hub name like bowen-upenn/PersonaMem.")
     if contexts is None: raise DataError(f"{questions}: the contexts are missing. Pass shared_contexts_*.jsonl as the second argument.")
     return _csv_rows(questions, _PERSONAMEM_COLUMNS), contexts
 
-# %% ../nbs/00_data.ipynb #6c8b9f04
+# %% ../nbs/00_data.ipynb #619ccd84
 def _personamem_contexts(
     path, # shared_contexts_*.jsonl: one {context id: messages} on each line
     wanted:set, # context ids to keep
@@ -471,37 +500,39 @@ def _personamem_contexts(
             out[key] = _context_sessions(messages, f"{where}, context {key[:8]}", keep_system, dropped), len(messages)
     return out
 
-# %% ../nbs/00_data.ipynb #5ad92376
-def _unusable(
+# %% ../nbs/00_data.ipynb #976951a6
+def _personamem_history(
     row:dict, # one question
     contexts:dict, # context id -> (sessions, number of raw messages)
+    cache:dict, # (context id, end index) -> history, so that equal histories are one object
     where:str, # named in errors
-)->str: # why the row cannot be used; "" if it can
-    "The reason to drop a PersonaMem row. Raises `DataError` if the index is no number."
-    try: end = int(row["end_index_in_shared_context"])
-    except ValueError: raise DataError(f"{where}: field 'end_index_in_shared_context' is {row['end_index_in_shared_context']!r}. Make it a whole number.") from None
-    if end < 0: return "negative end index"
-    if row["shared_context_id"] not in contexts: return "context not in the contexts file"
-    sessions, length = contexts[row["shared_context_id"]]
-    if end > length: return "end index past the end of the context"
-    return "" if _before(sessions, end) else "empty history"
+)->tuple: # (history, ""), or ((), the reason to drop the row)
+    "What a PersonaMem question sees. Raises `DataError` if the index is no number."
+    id, end = row["shared_context_id"], row["end_index_in_shared_context"]
+    if not re.fullmatch(r"-?\d+", end): raise DataError(f"{where}: field 'end_index_in_shared_context' is {end!r}. Make it a whole number.")
+    if (end := int(end)) < 0: return (), "negative end index"
+    if id not in contexts: return (), "context not in the contexts file"
+    sessions, length = contexts[id]
+    if end > length: return (), "end index past the end of the context"
+    if (id, end) not in cache: cache[id, end] = _before(sessions, end)
+    return cache[id, end], "" if cache[id, end] else "empty history"
 
-# %% ../nbs/00_data.ipynb #a16fe1ab
+# %% ../nbs/00_data.ipynb #1b2b5af3
 def _personamem_episode(
     row:dict, # one question
     history:tuple, # what it sees
+    options:tuple, # its parsed options
     where:str, # named in errors
 )->Episode: # without evidence: PersonaMem has none
     "One PersonaMem row as an episode. Raises `DataError`."
-    options, label = parse_options(row["all_options"], where), row["question_type"]
+    label, id = row["question_type"], row["question_id"]
     meta = {k: int(v) if re.fullmatch(r"-?\d+", str(v)) else v for k, v in row.items() if k not in _PERSONAMEM_COLUMNS}
     meta |= dict(label=label, context=row["shared_context_id"], end_index=int(row["end_index_in_shared_context"]))
-    text = re.sub(r"^\s*User:\s*", "", row["user_question_or_message"])
-    if not text.strip(): raise DataError(f"{where}: field 'user_question_or_message' is empty.")
-    return Episode(history, Query(text, row["question_id"], PERSONAMEM_KINDS.get(label, label)), options, _letter(row["correct_answer"], options, where),
-                   user=row["persona_id"], id=row["question_id"], evidence_kind="none", meta=meta)
+    with _at(f"{where}, field 'user_question_or_message'"):
+        query = Query(re.sub(r"^\s*User:\s*", "", row["user_question_or_message"]), id, PERSONAMEM_KINDS.get(label, label))
+    return Episode(history, query, options, _letter(row["correct_answer"], options, where), user=row["persona_id"], id=id, evidence_kind="none", meta=meta)
 
-# %% ../nbs/00_data.ipynb #d1a76ac0
+# %% ../nbs/00_data.ipynb #598f57ec
 def read_personamem(
     questions, # questions_*.csv, or a hub name like "bowen-upenn/PersonaMem"
     contexts=None, # shared_contexts_*.jsonl; not needed with a hub name
@@ -514,15 +545,17 @@ def read_personamem(
     rows, contexts = _personamem_source(questions, contexts, size, revision)
     rows = [(w, r) for w, r in rows if user is None or r["persona_id"] == str(user)]
     if not rows: raise DataError(f"{questions}: no questions{'' if user is None else f' of persona {user}'}. Check the file and the persona_id.")
-    out = Episodes(source=str(questions))
+    out, cache = Episodes(source=str(questions)), {}
     shared = _personamem_contexts(contexts, {r["shared_context_id"] for _, r in rows}, keep_system, out.dropped)
     for where, row in rows:
-        if reason := _unusable(row, shared, where): parse_options(row["all_options"], where); out.dropped[reason] += 1
-        else: out.append(_personamem_episode(row, _before(shared[row["shared_context_id"]][0], int(row["end_index_in_shared_context"])), where))
+        options = parse_options(row["all_options"], where) # before any row is dropped: a broken row is an error in any case
+        history, reason = _personamem_history(row, shared, cache, where)
+        if reason: out.dropped[reason] += 1
+        else: out.append(_personamem_episode(row, history, options, where))
     if not out: raise DataError(f"{questions}: none of its {len(rows)} rows can be used with {contexts}: {dict(out.dropped)}. Are the two files of the same size?")
     return out
 
-# %% ../nbs/00_data.ipynb #d0a949d2
+# %% ../nbs/00_data.ipynb #b00bb222
 def _locomo_history(
     conversation:dict, # speaker_a, speaker_b, session_N, session_N_date_time
     where:str, # named in errors
@@ -542,7 +575,7 @@ def _locomo_history(
         if messages: out.append(Session(f"s{n}", messages, _get(conversation, f"session_{n}_date_time", str, where, "")))
     return make_history(out)
 
-# %% ../nbs/00_data.ipynb #485e82b7
+# %% ../nbs/00_data.ipynb #a7026545
 def _locomo_evidence(
     ids:list, # as the file gives them
     turn_of:dict, # dia_id -> turn number
@@ -558,11 +591,11 @@ def _locomo_evidence(
         if not hits or len(hits) < len(read): lost.append(str(raw))
     return frozenset(turns), repaired, lost
 
-# %% ../nbs/00_data.ipynb #b6e5c4d3
+# %% ../nbs/00_data.ipynb #966887b2
 LOCOMO_KINDS = {1: "multi_hop", 2: "temporal", 3: "open_domain", 4: "single_hop", 5: "adversarial"}
 NO_ANSWER = "no information available"
 
-# %% ../nbs/00_data.ipynb #f56e87aa
+# %% ../nbs/00_data.ipynb #06116c9e
 def _locomo_episode(
     qa:dict, # question, answer, evidence, category
     history:tuple, # of Session
@@ -579,10 +612,12 @@ def _locomo_episode(
     for name, n in (("evidence id rewritten", repaired), ("evidence id points nowhere, left out", len(lost)), ("question kept without evidence", not evidence)):
         if n: out.repaired[name] += n
     meta = dict(category=kind, **({"evidence_lost": lost} if lost else {}), **{k: qa[k] for k in ("adversarial_answer",) if k in qa})
-    return Episode(history, Query(_get(qa, "question", str, where), id, LOCOMO_KINDS.get(kind, str(kind))), answer=answer, evidence=evidence,
-                   user=user, id=id, evidence_kind="gold" if evidence else "none", meta=meta)
+    question = _get(qa, "question", str, where)
+    with _at(where):
+        return Episode(history, Query(question, id, LOCOMO_KINDS.get(kind, str(kind))), answer=answer, evidence=evidence,
+                       user=user, id=id, evidence_kind="gold" if evidence else "none", meta=meta)
 
-# %% ../nbs/00_data.ipynb #a7026545
+# %% ../nbs/00_data.ipynb #1f2cc219
 def read_locomo(
     path, # locomo10.json, or a hub name of a data set that holds it
     adversarial:str="drop", # "drop" or "keep" category 5
@@ -604,14 +639,15 @@ def read_locomo(
         for j, qa in enumerate(_get(sample, "qa", list, where)):
             if _get(qa, "category", int, f"{where}, qa {j}") == 5 and adversarial == "drop": out.dropped["adversarial (category 5)"] += 1
             else: out.append(_locomo_episode(qa, history, turn_of, user, f"{where}, qa {j}", out))
+    if not out: raise DataError(f"{source}: no question can be used; dropped: {dict(out.dropped)}. Is it a LoCoMo file with 'conversation' and 'qa'?")
     return out
 
-# %% ../nbs/00_data.ipynb #ece1dd43
+# %% ../nbs/00_data.ipynb #740d18c3
 _ROLE_NAMES = {**{n: "user" for n in ("user", "human", "prompter")}, **{n: "system" for n in ("system", "developer")},
                **{n: "assistant" for n in ("assistant", "gpt", "chatgpt", "bot", "model", "ai")},
                **{n: "tool" for n in ("tool", "function", "function_call", "observation", "ipython")}}
 
-# %% ../nbs/00_data.ipynb #8518236f
+# %% ../nbs/00_data.ipynb #59703c8b
 def _chat_message(
     record, # {role, content}, {from, value}, or a message of ChatGPT's export
     where:str, # named in errors
@@ -619,7 +655,7 @@ def _chat_message(
     "One message in any of the forms above. Raises `DataError`."
     if not isinstance(record, dict): raise DataError(f"{where}: expected a message with role and content, found {type(record).__name__}.")
     if isinstance(record.get("author"), dict): record = dict(record, role=record["author"].get("role"))
-    names = ("from", "value") if "from" in record and "role" not in record else ("role", "content")
+    names = ("from", "value") if record.get("role") is None and record.get("from") is not None else ("role", "content")
     name = _get(record, names[0], str, where)
     role = _ROLE_NAMES.get(name.strip().lower())
     if role is None: raise DataError(f"{where}: unknown role {name!r}. Use one of {', '.join(ROLES)}.")
@@ -629,9 +665,9 @@ def _chat_message(
     if isinstance(content, list):
         parts = (p.get("text") if isinstance(p, dict) else p for p in content)
         content = "\n".join(p for p in parts if isinstance(p, str))
-    return role, content.strip()
+    return role, _clean(content).strip()
 
-# %% ../nbs/00_data.ipynb #4b185115
+# %% ../nbs/00_data.ipynb #96d9cb8c
 def _chatgpt_branch(
     record:dict, # one conversation of ChatGPT's conversations.json
     where:str, # named in errors
@@ -645,7 +681,7 @@ def _chatgpt_branch(
         node = mapping[node].get("parent")
     return [m for m in reversed(out) if isinstance(m, dict)]
 
-# %% ../nbs/00_data.ipynb #59703c8b
+# %% ../nbs/00_data.ipynb #72e4865c
 def _chat_sessions(
     record, # one record of a chat log
     where:str, # named in errors
@@ -668,7 +704,7 @@ def _chat_sessions(
     if record.get("queries") is not None: return []
     raise DataError(f"{where}: no messages found. Give 'messages', 'conversations' or 'sessions'; the fields found are {sorted(map(str, record))}.")
 
-# %% ../nbs/00_data.ipynb #96d9cb8c
+# %% ../nbs/00_data.ipynb #65a92e3b
 def _chatml(
     path, # a text file
 )->list: # one record: [(place, message record), …]
@@ -679,7 +715,7 @@ def _chatml(
     if not out: raise DataError(f"{path}, line 1: no <|im_start|> in it. Give ChatML text, a .json or a .jsonl file.")
     return out
 
-# %% ../nbs/00_data.ipynb #c57bfcca
+# %% ../nbs/00_data.ipynb #43d11454
 def _chat_records(
     path, # .json, .jsonl, .txt (ChatML) or a hub name
     split:str, # the split to take with a hub name
@@ -691,10 +727,10 @@ def _chat_records(
     else: values = list(_values(path))
     if suffix == ".json" and isinstance(values[0][1], list): values = [(f"{path}, element {i}", v) for i, v in enumerate(values[0][1], 1)]
     if not values: raise DataError(f"{path}: the history is empty. Give at least one message.")
-    if all(isinstance(v, dict) and ("role" in v or "from" in v) for _, v in values): return [(values[0][0], {}, [("", "", values)])]
+    if all(isinstance(v, dict) and (v.get("role") or v.get("from")) for _, v in values): return [(values[0][0], {}, [("", "", values)])]
     return [(where, v if isinstance(v, dict) else {}, _chat_sessions(v, where)) for where, v in values]
 
-# %% ../nbs/00_data.ipynb #72e4865c
+# %% ../nbs/00_data.ipynb #3f1715f0
 def _chat_users(
     path, # the chat log
     keep_system:bool, # are system messages turns?
@@ -721,7 +757,7 @@ def _chat_users(
         if not mine: raise DataError(f"{path}: the history of user {user!r} is empty. Give at least one message of a user or an assistant.")
     return {user: (make_history(mine), asked[user]) for user, mine in sessions.items()}
 
-# %% ../nbs/00_data.ipynb #72d8c73e
+# %% ../nbs/00_data.ipynb #a714fe1c
 def read_history(
     path, # .json, .jsonl, .txt (ChatML) or a hub name
     user:str|None=None, # whose history; needed if the file holds several users
@@ -736,7 +772,7 @@ def read_history(
     if dropped: logging.getLogger(__name__).warning("%s: left out %s", path, dict(dropped))
     return users[user if user is not None else next(iter(users))][0]
 
-# %% ../nbs/00_data.ipynb #3f1715f0
+# %% ../nbs/00_data.ipynb #27cc8e95
 _STOPWORDS = frozenset("""about above after again against also although always another anything around because been before being below
 between both cannot could does doing done down during each either else enough especially even ever every everything from further gets
 getting give goes going good great hadn have having hello here hers herself himself however into itself just keep know least less like
@@ -746,12 +782,12 @@ sure take than thank thanks that their theirs them themselves then there these t
 together tomorrow took under until upon used using usually very want wants well went were what whatever when where whether which while
 whole whose will with within without would yesterday your yours yourself""".split())
 
-# %% ../nbs/00_data.ipynb #a714fe1c
+# %% ../nbs/00_data.ipynb #6dd88569
 def _cloze_blanks(
     history:Iterable, # of Session
 )->dict: # turn -> [(sentence with ____, word), …]
     "Every possible blank: a word of a user's turn that occurs once in the history."
-    words = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+    words = re.compile(r"[^\W\d_]+") # runs of letters: a part of a compound counts as an occurrence, too
     turns = [m for s in history for m in s.messages]
     count = Counter(w.lower() for m in turns for w in words.findall(m.content))
     out = {}
@@ -759,11 +795,12 @@ def _cloze_blanks(
         for sentence in re.split(r"(?<=[.!?…])\s+|\n+", m.content) if m.role == "user" else ():
             found = list(words.finditer(sentence))
             for w in found if len(found) >= 4 else ():
-                if len(w[0]) >= 4 and w[0].isalpha() and count[w[0].lower()] == 1 and w[0].lower() not in _STOPWORDS:
+                whole = re.match(r"(?![\w'’-])", sentence[w.end():]) and not re.search(r"[\w'’-]$", sentence[:w.start()])
+                if whole and len(w[0]) >= 4 and count[w[0].lower()] == 1 and w[0].lower() not in _STOPWORDS:
                     out.setdefault(m.turn, []).append((f"{sentence[:w.start()]}____{sentence[w.end():]}".strip(), w[0]))
     return out
 
-# %% ../nbs/00_data.ipynb #b231077e
+# %% ../nbs/00_data.ipynb #623a7152
 def cloze_queries(
     history:Iterable, # of Session
     n:int=8, # questions wanted; fewer come back if fewer turns have a word to ask for
@@ -781,7 +818,7 @@ def cloze_queries(
                            user=user, id=f"{user}/cloze-{t}", meta={"seed": seed}))
     return out
 
-# %% ../nbs/00_data.ipynb #c5d3d5fe
+# %% ../nbs/00_data.ipynb #2640086a
 def _chat_query(
     q, # {text or question, answer, options?, evidence?, id?, kind?}
     history:tuple, # of Session; Message.id is the position in the file
@@ -793,17 +830,17 @@ def _chat_query(
     text = _get(q, "question", str, where, None) or _get(q, "text", str, where)
     answer, options = str(_get(q, "answer", (str, int, float), where)), _get(q, "options", list, where, None)
     if options is not None:
-        options = parse_options(options, where)
-        answer = chr(97 + options.index(answer)) if answer in options else _letter(answer, options, where)
+        options = parse_options(options, where, "options")
+        answer = chr(97 + options.index(answer)) if answer in options else _letter(answer, options, where, "answer")
     turn_of, marks = {m.id: m.turn for s in history for m in s.messages}, _get(q, "evidence", list, where, [])
     if lost := [t for t in marks if str(t) not in turn_of]:
         raise DataError(f"{where}: field 'evidence' names {lost}, which is out of range or was left out. Count all messages of {user!r} in the file from 1.")
     id = str(_get(q, "id", (str, int), where, id))
-    try: return Episode(history, Query(text, id, _get(q, "kind", str, where, "")), options, answer, {turn_of[str(t)] for t in marks},
-                        user=user, id=id, evidence_kind="gold" if marks else "none")
-    except DataError as e: raise DataError(f"{where}: {e}") from None
+    kind = _get(q, "kind", str, where, "")
+    with _at(where): return Episode(history, Query(text, id, kind), options, answer, {turn_of[str(t)] for t in marks},
+                                    user=user, id=id, evidence_kind="gold" if marks else "none")
 
-# %% ../nbs/00_data.ipynb #623a7152
+# %% ../nbs/00_data.ipynb #c0cec838
 def read_chat(
     path, # .json, .jsonl, .txt (ChatML) or a hub name
     queries:str="auto", # "file": the file's own; "cloze": make them; "auto": the file's own where a user has some, else cloze
@@ -816,21 +853,23 @@ def read_chat(
     if queries not in ("auto", "file", "cloze"): raise DataError(f"read_chat: unknown queries {queries!r}. Use auto, file or cloze.")
     out = Episodes(source=str(path))
     for user, (history, asked) in _chat_users(path, keep_system, split, out.dropped).items():
-        if queries == "cloze" or (queries == "auto" and not asked): out.extend(cloze_queries(history, n, seed, user))
-        else: out.extend(_chat_query(q, history, user, f"{user}/{i}", where) for i, (where, q) in enumerate(asked, 1))
+        if queries == "cloze" or (queries == "auto" and not asked): made = cloze_queries(history, n, seed, user)
+        else: made = [_chat_query(q, history, user, f"{user}/{i}", where) for i, (where, q) in enumerate(asked, 1)]
+        if not made: out.dropped["user without a query"] += 1
+        out.extend(made)
     if not out:
         raise DataError(f"{path}: " + ("no queries in the file. Add 'queries' to a record, or use queries='cloze'." if queries == "file"
                                        else "no word occurs only once, so no cloze question can be made. Add 'queries' to a record."))
     return out
 
-# %% ../nbs/00_data.ipynb #8abd5764
+# %% ../nbs/00_data.ipynb #a0ec7c54
 def split_by_user(
     episodes:Iterable, # of Episode
     fractions:tuple=(.8, .1, .1), # shares of the users, adding up to 1
     seed:int=0, # the same seed and users give the same split
 )->tuple: # of Episodes, one for each fraction; no user is in two of them
     "Split by user. Raises `DataError` if there are fewer users than splits."
-    episodes, fractions = list(episodes), tuple(fractions)
+    source, episodes, fractions = getattr(episodes, "source", ""), list(episodes), tuple(fractions)
     if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6: raise DataError(f"split_by_user: fractions {fractions} must be positive and add up to 1.")
     users = sorted({e.user for e in episodes})
     if len(users) < len(fractions): raise DataError(f"split_by_user: {len(users)} users cannot fill {len(fractions)} splits. Give more users or fewer fractions.")
@@ -839,29 +878,31 @@ def split_by_user(
     for _ in range(len(users) - len(sizes)): # the next user goes to the split that lacks most
         sizes[max(range(len(sizes)), key=lambda i: fractions[i] * len(users) - sizes[i])] += 1
     part = {u: i for i, s in enumerate(sizes) for u in users[sum(sizes[:i]):sum(sizes[:i]) + s]}
-    return tuple(Episodes(e for e in episodes if part[e.user] == i) for i in range(len(sizes)))
+    return tuple(Episodes((e for e in episodes if part[e.user] == i), source) for i in range(len(sizes)))
 
-# %% ../nbs/00_data.ipynb #d413b386
+# %% ../nbs/00_data.ipynb #5c03c40d
 def write_episodes(
     path, # a .jsonl file; its directory must exist
     episodes:Iterable, # of Episode
 )->Path: # the file
-    "Write episodes to JSONL, each session once; all or nothing."
+    "Write episodes to JSONL, each session once; all or nothing. Raises `DataError`."
     path, known = Path(path).expanduser(), {}
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "w", encoding="utf-8") as f:
-            put = lambda record: f.write(json.dumps(record, ensure_ascii=False) + "\n")
             for e in episodes:
-                for s in e.history:
-                    if s not in known: put(dict(session=len(known), **s.to_json())); known[s] = len(known)
-                put({**replace(e, history=e.history).to_json(), "history": [known[s] for s in e.history]})
+                if not isinstance(e, Episode): raise DataError(f"write_episodes: {e!r:.60} is not an Episode.")
+                new = [x for x in dict.fromkeys(e.history) if x not in known]
+                known |= {x: len(known) + i for i, x in enumerate(new)}
+                records = [dict(session=known[x], **x.to_json()) for x in new] + [dict(e.to_json(history=False), history=[known[x] for x in e.history])]
+                try: f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+                except (TypeError, ValueError) as err: raise DataError(f"episode {e.id!r}: it cannot be written as JSON, {err}. Use plain values in meta.") from None
             f.flush(); os.fsync(f.fileno())
         os.replace(beside, path)
     finally: beside.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/00_data.ipynb #566b935f
+# %% ../nbs/00_data.ipynb #8075f9c0
 def load_episodes(
     path, # written by `write_episodes`, or one `Episode.to_json()` on each line
 )->Episodes: # equal to what was written; shared sessions are shared again

@@ -60,14 +60,14 @@ class MemoryMDP:
 
 # %% ../nbs/05_mdp.ipynb #40ca088e
 EXAMPLE_TEXTS = (
-    ("[3] Used to drink coffee.\n[7] The favourite drink is tea.",
-     "[1, 2] Moved from coffee to tea.",
+    ("Used to drink coffee. [3]\nThe favourite drink is tea. [7]",
+     "Moved from coffee to tea. [1, 2]",
      "<information> [2] </information> <final_answer> tea </final_answer>"),
-    ("[1] Has a cat named Miso.\n[3] Used to drink coffee.\n[5] Works at a bakery in Lisbon.\n[7] The favourite drink is tea.",
-     "[4] Likes tea.\n[3] Works in a bakery.",
+    ("Has a cat named Miso. [1]\nUsed to drink coffee. [3]\nWorks at a bakery in Lisbon. [5]\nThe favourite drink is tea. [7]",
+     "Likes tea. [4]\nWorks in a bakery. [3]",
      "<information> [2] [4] </information> <final_answer> tea </final_answer>"),
-    ("[1] Has a cat named Miso.\n[3] The favourite drink is coffee.",
-     "[2] Likes coffee.",
+    ("Has a cat named Miso. [1]\nThe favourite drink is coffee. [3]",
+     "Likes coffee. [2]",
      "<information> [2] </information> <final_answer> coffee </final_answer>"),
     ("...", "", ""),
 )

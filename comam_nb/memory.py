@@ -10,10 +10,10 @@ __all__ = ['GRANULARITIES', 'TEXT_FIELDS', 'SCHEMA', 'SCHEMA_VERSION', 'APPLICAT
            'insert_item', 'wanted', 'StoreRows', 'Hit', 'StoreSearch', 'write_meta', 'MemoryStore']
 
 # %% ../nbs/03_memory.ipynb #81c75756
-import hashlib, html, importlib.util, itertools, json, math, operator, re, sqlite3, threading, time, unicodedata
+import hashlib, html, importlib.util, itertools, json, math, re, sqlite3, threading, time, unicodedata
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
@@ -29,28 +29,28 @@ TEXT_FIELDS = "id", "user", "text", "granularity", "created", "by"
 
 # %% ../nbs/03_memory.ipynb #185a00d6
 def check_text(
-    name:str, # the field, for the error's text
-    value,    # what was given for it
-    item:str, # the item's id, for the error's text
+    name:str,  # the field, for the error's text
+    value,     # what was given for it
+    where:str, # whose field, for the error's text
 )->None:
     "Raise `StoreError` unless `value` is text that can be written as UTF-8."
-    if not isinstance(value, str): raise StoreError(f"item {item!r}: {name} is {type(value).__name__}: give a str")
+    if not isinstance(value, str): raise StoreError(f"{where}: {name} is {value!r}: give a str")
     try: value.encode("utf-8")
     except UnicodeEncodeError as e:
-        raise StoreError(f"item {item!r}: {name} holds half a character at position {e.start}: "
+        raise StoreError(f"{where}: {name} holds half a character at position {e.start}: "
                          "decode the model's bytes with errors='replace'") from None
 
 # %% ../nbs/03_memory.ipynb #c6bdf5bd
 def check_cites(
-    cites,    # any iterable of turn numbers
-    item:str, # the item's id, for the error's text
+    cites,     # any iterable of turn numbers
+    where:str, # whose field, for the error's text
 )->tuple[int,...]: # distinct turn numbers, ascending
     "Turn numbers as a sorted tuple; raises `StoreError` for anything that is not a whole number from 1."
     try: cites = list(cites)
-    except TypeError: raise StoreError(f"item {item!r}: cites is {cites!r}: give a list of turn numbers") from None
+    except TypeError: raise StoreError(f"{where}: cites is {cites!r}: give a list of turn numbers") from None
     for c in cites:
         if isinstance(c, bool) or not isinstance(c, (int, np.integer)) or not 1 <= c < 2**63:
-            raise StoreError(f"item {item!r}: cites holds {c!r}: give turn numbers, whole and from 1")
+            raise StoreError(f"{where}: cites holds {c!r}: give turn numbers, whole and from 1")
     return tuple(sorted({int(c) for c in cites}))
 
 # %% ../nbs/03_memory.ipynb #4c346b01
@@ -65,10 +65,11 @@ class MemoryItem:
     created:str=""          # when it was stored, ISO-8601 in UTC; empty: the store stamps it
     by:str=""               # the agent that wrote it
     def __post_init__(self):
-        for name in TEXT_FIELDS: check_text(name, getattr(self, name), self.id)
+        where = f"memory item {self.id!r}"
+        for name in TEXT_FIELDS: check_text(name, getattr(self, name), where)
         if self.granularity not in GRANULARITIES:
-            raise StoreError(f"item {self.id!r}: granularity is {self.granularity!r}: use one of {GRANULARITIES}")
-        object.__setattr__(self, "cites", check_cites(self.cites, self.id))
+            raise StoreError(f"{where}: granularity is {self.granularity!r}: use one of {GRANULARITIES}")
+        object.__setattr__(self, "cites", check_cites(self.cites, where))
     def to_json(self)->dict: return asdict(self) | {"cites": list(self.cites)}
     @classmethod
     def from_json(cls, d:dict):
@@ -191,7 +192,9 @@ def embed(
         raise StoreError(f"embedder {embedder.name!r} returned shape {vectors.shape} for {len(texts)} texts: it must be {(len(texts), embedder.dim)}")
     norms = np.linalg.norm(vectors, axis=1) # [n]
     bad = np.flatnonzero(~((np.abs(norms - 1) < 1e-3) | (norms == 0)))
-    if len(bad): raise StoreError(f"embedder {embedder.name!r}: the vector of {texts[bad[0]][:60]!r} has length {norms[bad[0]]:.3g}: return rows of length 1")
+    if len(bad):
+        text, norm = texts[bad[0]][:60], norms[bad[0]]
+        raise StoreError(f"embedder {embedder.name!r}: the vector of {text!r} has length {norm:.3g}: return rows of length 1")
     return vectors
 
 # %% ../nbs/03_memory.ipynb #b3560952
@@ -242,15 +245,16 @@ class FlatIndex:
 # %% ../nbs/03_memory.ipynb #457a3775
 def use_wal(
     db:sqlite3.Connection, # an open connection
-    seconds:float=30,      # how long to wait for other processes
+    seconds:float=10,      # how long to wait for other processes
 )->None:
     "Switch a database to write-ahead logging, waiting for others that do the same; an in-memory one stays as it is."
-    end = time.monotonic() + seconds
-    while db.execute("PRAGMA journal_mode").fetchone()[0] not in ("wal", "memory"):
-        try: db.execute("PRAGMA journal_mode=WAL")
-        except sqlite3.OperationalError:
-            if time.monotonic() > end: raise
-            time.sleep(.02)
+    end, reason = time.monotonic() + seconds, "no write-ahead log on this file system, use a local disk"
+    while True:
+        try:
+            if db.execute("PRAGMA journal_mode=WAL").fetchone()[0] in ("wal", "memory"): return # at once, if it is on already
+        except sqlite3.OperationalError as e: reason = str(e)
+        if time.monotonic() > end: raise StoreError(reason)
+        time.sleep(.02)
 
 # %% ../nbs/03_memory.ipynb #b1b89699
 def prepare_database(
@@ -260,16 +264,20 @@ def prepare_database(
     version:int,            # of the schema
 )->None:
     "Create the tables in an empty file, or check that the file is of this kind and version; raises `StoreError`."
-    def header(): return [db.execute(f"PRAGMA {p}").fetchone()[0] for p in ("application_id", "user_version")]
-    kind, found = header()
-    tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    def look():
+        db.execute("BEGIN") # one view of the file, even if another process is creating it
+        found = [db.execute(sql).fetchone()[0] for sql in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")]
+        db.execute("COMMIT")
+        return found
+    kind, found, tables = look()
     if kind != application_id and (kind or found or tables): raise StoreError("it is an SQLite file of another program: choose another path")
     if kind == application_id and found != version:
         raise StoreError(f"its tables have version {found}, this package reads version {version}: use the version of comam_nb that wrote it")
     use_wal(db)
     for pragma in ("synchronous=FULL", "fullfsync=ON", "checkpoint_fullfsync=ON", "secure_delete=ON"): db.execute(f"PRAGMA {pragma}")
+    if kind == application_id: return
     db.execute("BEGIN IMMEDIATE")
-    if header()[0] != application_id:
+    if db.execute("PRAGMA application_id").fetchone()[0] != application_id: # still: others may have been faster
         for statement in (*schema, f"PRAGMA application_id={application_id}", f"PRAGMA user_version={version}"): db.execute(statement)
     db.execute("COMMIT")
 
@@ -329,14 +337,16 @@ class StoreFile:
                 yield self._db
                 self._db.execute("COMMIT")
             except sqlite3.Error as e:
-                raise StoreError(f"{self.path}: SQLite says {str(e)!r}; this call changed nothing: check disk, permissions and other processes") from e
+                raise StoreError(f"{self.path}: SQLite says {str(e)!r}; this call changed nothing: "
+                                 "check the disk, the permissions and other processes that use the file") from e
             finally:
                 if self._db and self._db.in_transaction: self._db.execute("ROLLBACK")
     def _check_embedder(self):
-        found = dict(self._db.execute("SELECT key, value FROM meta"))
-        if (found.get("embedder"), found.get("dim")) != (self.embedder.name, str(self.embedder.dim)):
-            raise StoreError(f"{self.path} holds vectors of {found.get('embedder')!r} (dim {found.get('dim')}), the embedder given is {self.embedder.name!r} "
-                             f"(dim {self.embedder.dim}): pass the former, or re-embed all items with MemoryStore(path, embedder, reindex=True)")
+        meta = dict(self._db.execute("SELECT key, value FROM meta"))
+        theirs, ours = (meta.get("embedder"), meta.get("dim")), (self.embedder.name, str(self.embedder.dim))
+        if theirs != ours:
+            raise StoreError(f"{self.path} holds vectors of {theirs[0]!r} (dim {theirs[1]}), the embedder given is {ours[0]!r} (dim {ours[1]}): "
+                             "pass the former, or re-embed all items with MemoryStore(path, embedder, reindex=True)")
 
 # %% ../nbs/03_memory.ipynb #b6e13653
 COLUMNS = "id, user, text, granularity, cites, created, written_by"
@@ -355,7 +365,8 @@ def blobs_to_vectors(
     dim:int,           # numbers in each
 )->np.ndarray: # float32 [n, dim]
     "Stored blobs as one array; raises `StoreError` for a blob of another length."
-    if any(len(b) != 4*dim for b in blobs): raise StoreError(f"a stored vector has not {dim} numbers: re-embed with MemoryStore(path, embedder, reindex=True)")
+    if any(len(b) != 4*dim for b in blobs):
+        raise StoreError(f"a stored vector does not have {dim} numbers: re-embed with MemoryStore(path, embedder, reindex=True)")
     return np.frombuffer(b"".join(blobs), "<f4").reshape(-1, dim).astype(np.float32)
 
 # %% ../nbs/03_memory.ipynb #73b2bfee
@@ -404,6 +415,7 @@ class StoreRows(StoreFile):
         granularity:str|None=None, # "fine", "coarse", or None for both
     )->list[MemoryItem]: # in the order of insertion
         "All items of one user; an unknown user has none."
+        check_text("user", user, "items")
         kinds = wanted(granularity)
         sql = f"SELECT {COLUMNS} FROM items WHERE user=? AND granularity IN ({','.join('?' * len(kinds))}) ORDER BY seq"
         with self._transaction(check=False) as db: return [row_to_item(r) for r in db.execute(sql, (user, *kinds))]
@@ -417,12 +429,14 @@ class StoreRows(StoreFile):
         ids:str|list[str]|None=None,  # which of this user's items; None: all
     )->int: # how many were deleted; ids that the user does not have are not counted
         "Delete items for good, in the file too."
-        ids = [ids] if isinstance(ids, str) else ids
+        ids = [ids] if isinstance(ids, str) else ids if ids is None else list(ids)
+        for text in (user, *(ids or ())): check_text("user or id", text, "forget")
         with self._lock:
             with self._transaction(write=True, check=False) as db:
                 if ids is None: n = db.execute("DELETE FROM items WHERE user=?", (user,)).rowcount
                 else: n = sum(db.execute("DELETE FROM items WHERE user=? AND id=?", (user, id)).rowcount for id in ids)
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            try: self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            except sqlite3.Error as e: raise StoreError(f"{self.path}: {n} items are deleted, but the log could not be emptied ({e}): forget again") from e
         return n
 
 # %% ../nbs/03_memory.ipynb #3e59ccee
@@ -463,7 +477,7 @@ class StoreSearch(StoreRows):
         granularity:str|None=None, # "fine", "coarse", or None for both
     )->list[Hit]: # up to k, best first, equal scores in the order of insertion
         "The user's k most similar items, exactly as brute force finds them; raises `StoreError` for k < 1."
-        check_text("query", query, "")
+        for name, text in (("query", query), ("user", user)): check_text(name, text, "search")
         if not isinstance(k, (int, np.integer)) or k < 1: raise StoreError(f"k is {k!r}: ask for 1 result or more")
         kinds = wanted(granularity)
         with self._lock:
