@@ -57,16 +57,16 @@ def test_search_equals_brute_force_for_every_user_also_after_forgetting(items, q
 @given(st.integers(0, 2**32 - 1), st.integers(1, 150), st.integers(1, 160))
 def test_flat_index_is_exact_among_near_ties(seed, n, k):
     rng = np.random.default_rng(seed)
-    base = rng.normal(size=(1 + seed % 3, 48))  # so that every row has dozens of near twins
-    base = (base / np.linalg.norm(base, axis=1, keepdims=True)).astype(np.float32)
-    rows = base[rng.integers(len(base), size=n)]
-    flip = rng.random(rows.shape) < .02
-    rows = np.ascontiguousarray(np.where(flip, np.nextafter(rows, np.float32(1)), rows))  # one rounding step away
+    def unit(x): return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+    base, query = unit(rng.normal(size=(1 + seed % 3, 48))), unit(rng.normal(size=48))
+    if seed % 2: query = base[0]
+    rows = base[rng.integers(len(base), size=n)]  # every row has dozens of near twins,
+    rows = np.ascontiguousarray(np.where(rng.random(rows.shape) < .2, np.nextafter(rows, np.float32(1)), rows))  # one rounding step away
     index = FlatIndex(48)
     for part in np.array_split(np.arange(n), 3): index.add(part.tolist(), rows[part])
-    scores = [float(sum(Fraction(float(a)) * Fraction(float(b)) for a, b in zip(base[0], r))) for r in rows]
-    assert exact_scores(rows, base[0]) == scores
-    assert index.search(base[0], k) == sorted(((s, i) for i, s in enumerate(scores)), key=lambda p: (-p[0], p[1]))[:k]
+    scores = [float(sum(Fraction(float(a)) * Fraction(float(b)) for a, b in zip(query, r))) for r in rows]
+    assert exact_scores(rows, query) == scores
+    assert index.search(query, k) == sorted(((s, i) for i, s in enumerate(scores)), key=lambda p: (-p[0], p[1]))[:k]
 
 
 def test_float32_scores_stay_within_the_bound():
@@ -336,6 +336,14 @@ def test_many_open_one_new_file_at_the_same_moment(tmp_path):
         for t in threads: t.start()
         for t in threads: t.join()
         with MemoryStore(path, SMALL) as store: assert not errors and len(store) == 12
+
+
+def test_opening_waits_for_another_one_that_is_about_to_write(tmp_path):
+    other = sqlite3.connect(tmp_path/"m.db", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")  # SQLite's own patience does not cover this: journal_mode=WAL fails at once
+    threading.Timer(.3, other.execute, ["COMMIT"]).start()
+    with MemoryStore(tmp_path/"m.db", SMALL) as store: assert store.add(item()) == ["m1"]
+    other.close()
 
 
 def test_a_store_sees_what_another_one_does(tmp_path):
