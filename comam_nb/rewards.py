@@ -6,13 +6,15 @@
 __all__ = ['STOPWORDS', 'RUBRIC', 'JUDGE_PROMPT', 'MATCHES', 'RewardError', 'evidence_reward', 'extraction_reward',
            'retrieval_reward', 'gold_evidence', 'by_citation', 'content_words', 'by_overlap', 'by_embedding',
            'history_text', 'RubricJudge', 'lm_yes', 'profile_rewards', 'profile_reward', 'normalise_answer',
-           'exact_match', 'contains_match', 'choice_match', 'answer_reward', 'score_trajectories', 'weak_evidence']
+           'exact_match', 'contains_match', 'choice_match', 'answer_reward', 'score_trajectories', 'Rewards',
+           'weak_evidence']
 
 # %% ../nbs/06_rewards.ipynb #9e70abdf
 import math, re, string
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from .data import Episode, Message
 
 # %% ../nbs/06_rewards.ipynb #65595b01
@@ -68,13 +70,14 @@ def by_citation(
 # %% ../nbs/06_rewards.ipynb #efb37e54
 STOPWORDS = frozenset("""a about after all also am an and any are as at be been but by can could did do does for from had has have he her his how i if
 in into is it its just like me more my no not now of on or our she so some than that the their them then there these they this to too up us was we were
-what when which who will with would you your""".split())
+what when which who will with would you your s t m ve re ll d""".split())
 
+@lru_cache(maxsize=4096)
 def content_words(
     text:str, # any text
-)->set: # lower-case words without function words
+)->frozenset: # lower-case words without function words
     "The words of a text that carry content."
-    return set(re.findall(r"\w+", text.lower())) - STOPWORDS - {"s", "t", "m", "ve", "re", "ll", "d"}
+    return frozenset(re.findall(r"\w+", text.lower())) - STOPWORDS
 
 # %% ../nbs/06_rewards.ipynb #d4dadd29
 def by_overlap(
@@ -272,10 +275,26 @@ def score_trajectories(
         t["extraction"].reward = extraction_reward(matcher(t["extraction"].action.notes, turns), gold, alpha)
         t["profile"].reward = c
         t["retrieval"].reward = retrieval_reward(t["retrieval"].action.evidence, gold, beta)
-        t.answer_reward = answer_reward(t["retrieval"].action.answer, t.episode, match)
+        said = t["retrieval"].text if match == "auto" and t.episode.options else t["retrieval"].action.answer # the official rule for options reads the whole text
+        t.answer_reward = answer_reward(said, t.episode, match)
     return [[t[a].reward for t in trajectories] for a in ("extraction", "profile", "retrieval")], [t.answer_reward for t in trajectories]
 
-# %% ../nbs/06_rewards.ipynb #1ef5cf40
+# %% ../nbs/06_rewards.ipynb #d593d8e2
+@dataclass
+class Rewards:
+    "The four rewards of CoMAM for a batch of groups: call it with groups [E][G] of `Trajectory`."
+    judge:Callable # (items, history) -> score in [0, 1]
+    matcher:Callable=by_citation # (items, turns) -> set of turn numbers
+    alpha:float=0.8 # coverage in Eq. 9
+    beta:float=0.2 # coverage in Eq. 11
+    match:object="auto" # see answer_reward
+
+    def __call__(self, groups)->tuple: # local rewards [E][3][G], global rewards [E][G]
+        flat = [t for g in groups for t in g]
+        score_trajectories(flat, self.judge, self.matcher, self.alpha, self.beta, self.match)
+        return [[[t[a].reward for t in g] for a in ("extraction", "profile", "retrieval")] for g in groups], [[t.answer_reward for t in g] for g in groups]
+
+# %% ../nbs/06_rewards.ipynb #634956a5
 def _located(
     episode:Episode, # from read_personamem, with the full history
 )->int|None: # index into episode.turns, or None without usable columns
@@ -292,7 +311,7 @@ def _located(
         if end > at: return i
     return len(episode.turns) - 1
 
-# %% ../nbs/06_rewards.ipynb #ff89a5b5
+# %% ../nbs/06_rewards.ipynb #8929fba5
 def _shared_words(
     wanted:str, # question and right answer
     turns:Sequence[Message], # candidates
@@ -304,7 +323,7 @@ def _shared_words(
     words = Counter(w for part in wanted.split("\n") for w in content_words(part))       # a word in both parts counts twice
     return [sum(words[w] * rarity(w) for w in t & words.keys()) / math.sqrt(len(t) or 1) for t in (content_words(m.content) for m in turns)]
 
-# %% ../nbs/06_rewards.ipynb #5d211950
+# %% ../nbs/06_rewards.ipynb #4840902c
 def weak_evidence(
     episode:Episode, # with the full history
     window:int=1, # turns on either side of where the columns point
@@ -314,7 +333,7 @@ def weak_evidence(
     if episode.evidence_kind == "gold": return episode
     turns, at = episode.turns, _located(episode)
     users = [m for m in turns if m.role == "user"] or turns
-    near = [m for m in turns[max(0, at - window):at + window + 1] if m in users] if at is not None else users
+    near = users if at is None else [m for m in users if turns[max(0, at - window)].turn <= m.turn <= turns[min(at + window, len(turns) - 1)].turn]
     option = episode.options["abcdefghijklmnopqrstuvwxyz".index(episode.answer)] if episode.options and episode.answer else episode.answer
     scores = _shared_words(episode.query.text.replace("\n", " ") + "\n" + option.replace("\n", " "), near, users)
     best = sorted(zip(near, scores), key=lambda x: (-x[1], x[0].turn))[:keep]

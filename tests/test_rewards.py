@@ -105,11 +105,22 @@ def test_errors_say_what_to_do(call, says):
 
 
 def test_lm_judge_with_a_real_tiny_model():
-    torch = pytest.importorskip("torch")
-    from comam_nb import backbone
-    scores = {"p": [.6, .2]}
-    assert lm_yes(Item(choice_probs=lambda ps, cs: torch.tensor([scores["p"] for _ in ps])))(["a", "b"]) == pytest.approx([.75, .75])
-    assert lm_yes(None)([]) == [] and callable(backbone.choice_probs)
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from comam_nb.backbone import Backbone
+    words = ["<unk>", "<eos>", "Yes", "No", "tea", "user:"]
+    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok = transformers.PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<eos>", unk_token="<unk>")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                          num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512)).eval()
+    items, history = [Item(text="likes tea")], example_episode().history
+    judge = RubricJudge(lm_yes(Backbone(model, tok)))
+    with torch.no_grad(): logits = [model(tok(p, return_tensors="pt").input_ids).logits[0, -1, 2:4] for p in judge.prompts(items, history)]
+    want = sum(torch.sigmoid(y - n).item() for y, n in logits)/3
+    assert profile_reward(items, history, judge) == pytest.approx(want, abs=1e-5)
+    assert lm_yes(None)([]) == []
 
 
 # --- weak evidence against the benchmark's own human check (persona 0); `pytest tests/test_rewards.py -k weak -s` prints the figures
