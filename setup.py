@@ -15,11 +15,11 @@ setup(
     license="Apache-2.0", keywords=cfg["keywords"],
     long_description=(here / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     packages=find_packages(include=["comam_nb", "comam_nb.*"]), include_package_data=True,
-    package_data={"comam_nb": ["weights/*"]},
+    package_data={"comam_nb": ["weights/**/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "openai", "gguf")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
-    classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research", "Programming Language :: Python :: 3"],
+    classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research", "Programming Language :: Python :: 3.11"],
     zip_safe=False,
 )

@@ -10,7 +10,7 @@ __all__ = ['CITE', 'Note', 'Action', 'parse_notes', 'parse_answer', 'render_hist
 import re
 from dataclasses import asdict, dataclass
 
-from .data import Session
+from .data import DataError, Session
 from .memory import HashingEmbedder
 from .sampling import Sample, sample_group
 
@@ -72,20 +72,20 @@ def parse_answer(
 # %% ../nbs/04_agents.ipynb #ca1c583d
 def render_history(
     history:tuple, # sessions
-)->str: # one turn a line, "[3] user: …"
+)->str: # one turn a line, "user: … [3]"
     "The conversation as the extraction agent reads it."
     blocks = []
     for s in history:
-        lines = [f"[{m.turn}] {m.role}: {' '.join(m.content.split())}" for m in s.messages]
+        lines = [f"{m.role}: {' '.join(m.content.split())} [{m.turn}]" for m in s.messages]
         blocks.append("\n".join(([f"({s.date})"] if s.date else []) + lines))
     return "\n\n".join(blocks)
 
 def render_notes(
     notes:tuple, # memory lines
     start:int=1, # number of the first
-)->str: # one note a line, "[1] …"
+)->str: # one note a line, "… [1]"
     "Memory as the later agents read it."
-    return "\n".join(f"[{i}] {n.text}" for i, n in enumerate(notes, start))
+    return "\n".join(f"{n.text} [{i}]" for i, n in enumerate(notes, start))
 
 # %% ../nbs/04_agents.ipynb #2714d58a
 class Agent:
@@ -185,7 +185,7 @@ def split_history(
     count, # text -> length, for example in tokens
     limit:int, # largest piece, in the same unit
 )->list: # of histories, each of which fits, in order; turn numbers are kept
-    "Split by session, then by message. Raises `ValueError` if one message alone does not fit."
+    "Split by session, then by message. Raises `DataError` if one message alone does not fit."
     pieces, piece = [], ()
     for session in history:
         if piece and count(render_history((*piece, session))) <= limit: piece += (session,); continue
@@ -197,7 +197,7 @@ def split_history(
             if count(render_history(one)) > limit:
                 one = (Session(session.id, (message,), session.date),)
                 if count(render_history(one)) > limit:
-                    raise ValueError(f"turn {message.turn} of session {session.id!r} alone has length {count(render_history(one))} and only {limit} fit: shorten it or take a model with a longer context")
+                    raise DataError(f"turn {message.turn} of session {session.id!r} alone has length {count(render_history(one))} and only {limit} fit: shorten it or take a model with a longer context")
                 pieces.append(piece)
             piece = one
     return pieces + ([piece] if piece else [])

