@@ -58,7 +58,7 @@ class Assistant:
         k:int=20, # items that the retrieval agent is shown
     ):
         self.agents, self.store, self.user, self.temperature = agents, MemoryStore() if store is None else store, user, temperature
-        self.k, self.usage, self.stale = k, Usage(), True
+        self.k, self.usage, self.stale, self.pieces = k, Usage(), True, 0 # pieces: into how many the last `observe` had to split
 
     def _act(self, name, state):
         start = time.perf_counter()
@@ -88,9 +88,10 @@ def observe(self,
     history = (session,) if isinstance(session, Session) else tuple(session)
     if not any(s.messages for s in history): raise DataError("the history is empty: there is nothing to remember")
     count, limit = self._fits("extraction", lambda h: State(0, history=h))
-    stored = []
+    stored, self.pieces = [], 0
     for s in history:
         for piece in split_history((s,), count, limit):
+            self.pieces += 1
             stored += self._store(self._act("extraction", State(0, history=piece)).action, "fine", "extraction")
     self.stale = True
     return stored

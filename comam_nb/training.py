@@ -126,6 +126,7 @@ class CoMAMConfig(GRPOConfig):
     def __post_init__(self):
         from accelerate import PartialState
         world = PartialState(cpu=self.use_cpu).num_processes
+        assign(torch.zeros(1, 3, 2), torch.zeros(1, 2), self.credit, self.credit_temperature, self.credit_rescale, self.credit_rule) # raises for unknown names
         if self.num_generations < 2: raise CreditError("group size 1: GRPO and the credit compare the rollouts of a group; take num_generations of at least 2")
         share, rest = divmod(self.episodes_per_step, world)
         if rest or not share: raise CreditError(f"{self.episodes_per_step} episodes per step do not divide over {world} processes: take a multiple of {world}")
@@ -165,7 +166,7 @@ class RolloutTrainer(GRPOTrainer):
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
         self.agents, self.episodes, self.rewards, self.intervene = agents, list(episodes), rewards, intervene
         self.scheme, self.last_groups, self._agent = credit or args.credit, None, None
-        assign(torch.zeros(1, 3, 2), torch.zeros(1, 2), self.scheme, args.credit_temperature, args.credit_rescale, args.credit_rule) # fails now, not in step 1
+        assign(torch.zeros(1, 3, 2), torch.zeros(1, 2), self.scheme) # a scheme that cannot work fails now, not in step 1
         rows = step_rows(len(self.episodes), args.max_steps, args.episodes_per_step, args.world_size, args.seed)
         tokenizer = next(iter(agents.values())).policy.tokenizer
         model = trained_model(agents)

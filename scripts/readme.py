@@ -26,6 +26,7 @@ def render(notebook: Path):
     from nbconvert import MarkdownExporter
     nb = nbformat.read(notebook, as_version=4)
     nb.cells = [c for c in map(shown, nb.cells) if c is not None]
+    nb.metadata["language_info"] = {"name": "python"} # nbdev_clean drops it, and code blocks need it for their colours
     text, resources = MarkdownExporter().from_notebook_node(nb)
     if resources.get("outputs"): sys.exit(f"{notebook}: README.md can show text only, no images made by a cell")
     text = re.sub(r"\]\(([^()\s]+)\)", lambda m: f"]({link_from_root(m[1])})", text)

@@ -122,6 +122,18 @@ def test_notebook_is_small_and_ran_without_errors(path):
     assert [source(c) for c in cells(path) for o in c.get("outputs", []) if o["output_type"] == "error"] == []
 
 
+def links(text):
+    "Relative links of a Markdown text, code blocks aside."
+    text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)
+    return [l.split("#")[0] for l in re.findall(r"\]\(([^()\s]+)\)", text) if not re.match(r"[a-z]+:|#|attachment:", l)]
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=name)
+def test_links_lead_somewhere(path):
+    texts = [source(c) for c in cells(path) if c["cell_type"] == "markdown"] if path.suffix == ".ipynb" else [path.read_text(encoding="utf-8")]
+    assert [l for t in texts for l in links(t) if not (path.parent / l).exists()] == []
+
+
 def script(file):
     "A module of scripts/, which is no package."
     spec = importlib.util.spec_from_file_location(file, ROOT / "scripts" / f"{file}.py")

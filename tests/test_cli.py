@@ -1,0 +1,119 @@
+"The command line as a user meets it: whole runs, and one clear line with exit code 2 for everything that cannot work."
+import json, os, subprocess, sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from comam_nb.cli import main
+
+SMALL = ["--steps", "2", "--episodes-per-step", "2", "--group-size", "4", "--eval-episodes", "6"]
+
+def fails(capsys, argv, *words):
+    "main(argv) prints one line that holds all words, and returns 2."
+    assert main(argv) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("comam: ") and "\n" not in err
+    for w in words: assert w in err, err
+
+@pytest.fixture
+def chat(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps([{"role": "user", "content": "I love the drink tea"}, {"role": "assistant", "content": "Noted"}]) + "\n")
+    return path
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    "The micro-world's own model as a directory that any command takes for a language model."
+    import comam_nb
+    return str(Path(comam_nb.__file__).parent / "weights" / "microworld")
+
+def test_train_writes_everything(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", "--out", str(out), *SMALL]) == 0
+    assert "answer_accuracy" in capsys.readouterr().out
+    summary = json.loads((out / "summary.json").read_text())
+    for when in ("before", "after"):
+        for metric in ("answer_accuracy", "r_cons_f", "r_cons_c", "r_ret"):
+            m = summary[when][metric]
+            assert 0 <= m["low"] <= m["mean"] <= m["high"] <= 1
+    assert (summary["steps"], summary["seed"]) == (2, 0) and summary["seconds"] > 0 and "torch" in summary["versions"]
+    assert json.loads((out / "config.json").read_text())["credit"] == "adaptive"
+    lines = [json.loads(l) for l in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [l["step"] for l in lines] == [1, 2]
+    for key in ("r_cons_f", "r_cons_c", "r_ret", "answer_accuracy", "w_extraction", "w_profile", "w_retrieval", "advantage_std_profile", "frac_reward_zero_std", "entropy", "seconds"):
+        assert key in lines[0], key
+    assert abs(sum(lines[0][f"w_{a}"] for a in ("extraction", "profile", "retrieval")) - 1) < 1e-6
+    for name in ("rewards.png", "weights.png"): assert (out / name).read_bytes().startswith(b"\x89PNG")
+    for a in ("extraction", "profile", "retrieval"): assert load_file(str(out / "weights" / a / "adapter_model.safetensors"))
+
+def test_the_same_seed_gives_the_same_run(tmp_path):
+    for name in "ab": main(["train", "--out", str(tmp_path / name), *SMALL, "--seed", "7"])
+    a, b = (load_file(str(tmp_path / n / "weights" / "retrieval" / "adapter_model.safetensors")) for n in "ab")
+    assert all((a[k] == b[k]).all() for k in a)
+
+def test_resume_ends_where_a_straight_run_ends(tmp_path):
+    base = ["--episodes-per-step", "2", "--group-size", "4", "--eval-episodes", "4", "--save-steps", "1"]
+    main(["train", "--out", str(tmp_path / "a"), "--steps", "3", *base])
+    main(["train", "--out", str(tmp_path / "b"), "--steps", "3", *base])
+    import shutil
+    for f in ("checkpoints/checkpoint-3", "weights"): shutil.rmtree(tmp_path / "b" / f)
+    (tmp_path / "b" / "summary.json").unlink() # as if it had been stopped after step 2
+    assert main(["train", "--out", str(tmp_path / "b"), "--steps", "3", "--resume", *base]) == 0
+    a, b = (load_file(str(tmp_path / n / "weights" / "extraction" / "adapter_model.safetensors")) for n in "ab")
+    assert all(abs(a[k] - b[k]).max() < 1e-6 for k in a)
+    assert [json.loads(l)["step"] for l in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+@pytest.mark.parametrize("policy", ["shared", "separate"])
+def test_policy_modes(tmp_path, policy):
+    assert main(["train", "--out", str(tmp_path / "run"), "--policy", policy, *SMALL]) == 0
+    assert list((tmp_path / "run" / "weights").rglob("*.safetensors"))
+
+def test_own_model_on_a_chat_log(tmp_path, chat, tiny, capsys):
+    assert main(["train", "--backbone", tiny, "--data", f"chat:{chat}", "--steps", "1", "--group-size", "2", "--max-new-tokens", "12", "--eval-episodes", "1", "--out", str(tmp_path / "run")]) == 0
+    assert main(["answer", "--backbone", tiny, "--history", str(chat), "--query", "What is my favourite drink?", "--max-new-tokens", "12",
+                 "--adapters", str(tmp_path / "run" / "weights"), "--memory", str(tmp_path / "memory.db")]) == 0
+    out = capsys.readouterr().out
+    for words in ("fine-grained memory", "coarse-grained memory", "retrieved", "answer:", "tokens read"): assert words in out
+    assert (tmp_path / "memory.db").exists()
+
+def test_bad_input(tmp_path, chat, tiny, capsys):
+    full = tmp_path / "full"; full.mkdir(); (full / "x").touch()
+    empty = tmp_path / "empty.jsonl"; empty.write_text("")
+    broken = tmp_path / "broken.json"; broken.write_text("[{")
+    kind = tmp_path / "chat.pdf"; kind.write_text("x")
+    out = ["--out", str(tmp_path / "new")]
+    fails(capsys, ["train", "--out", str(full)], "not empty", "--resume")
+    fails(capsys, ["train", "--resume", *out], "no run to resume")
+    fails(capsys, ["train", "--group-size", "1", *out], "group size 1")
+    fails(capsys, ["train", "--credit", "clever", *out], "clever", "adaptive")
+    fails(capsys, ["train", "--rule", "eq99", *out], "eq99")
+    fails(capsys, ["train", "--policy", "alone", *out], "unknown policy mode")
+    fails(capsys, ["train", "--steps", "0", *out], "--steps must be at least 1")
+    fails(capsys, ["train", "--data", "tweets:x", "--backbone", tiny, *out], "unknown data")
+    fails(capsys, ["train", "--data", f"chat:{chat}", *out], "--backbone")
+    fails(capsys, ["train", "--data", f"chat:{empty}", "--backbone", tiny, *out], "empty.jsonl")
+    ask = ["answer", "--query", "Who?", "--backbone"]
+    fails(capsys, [*ask, tiny, "--history", str(broken)], "broken.json", "line 1")
+    fails(capsys, [*ask, tiny, "--history", str(kind)], "chat.pdf")
+    fails(capsys, [*ask, tiny, "--history", str(empty)], "empty.jsonl")
+    fails(capsys, [*ask, tiny, "--history", str(tmp_path / "none.json")], "none.json")
+    fails(capsys, [*ask, str(full), "--history", str(chat)], "holds no model")
+    fails(capsys, [*ask, tiny, "--history", str(chat), "--options", "one"], "--options")
+    fails(capsys, ["answer", "--query", " ", "--backbone", tiny, "--history", str(chat)], "query is empty")
+    fails(capsys, [*ask, tiny, "--history", str(chat), "--adapters", str(full)], "no such file")
+    assert not (tmp_path / "new").exists() # nothing half-written
+
+def test_a_history_longer_than_the_context_is_split_and_nothing_is_lost(tmp_path, tiny, capsys):
+    "The tiny model reads 512 tokens; this session has about 900."
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps([{"role": "user", "content": "I love the drink tea and the food ramen and the music jazz"} for _ in range(60)]))
+    assert main(["answer", "--backbone", tiny, "--history", str(path), "--query", "What is my favourite drink?", "--max-new-tokens", "8"]) == 0
+    assert "session 1 of 1: 60 turns in 3 pieces" in capsys.readouterr().out
+    long = tmp_path / "huge.jsonl"
+    long.write_text(json.dumps([{"role": "user", "content": "tea " * 3000}]))
+    fails(capsys, ["answer", "--backbone", tiny, "--history", str(long), "--query", "?"], "turn 1", "longer context")
+
+def test_help_needs_no_torch():
+    code = "import sys; from comam_nb.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
