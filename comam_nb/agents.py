@@ -161,8 +161,8 @@ def nearest(
 class RetrievalAgent(Agent):
     "Reads memory and query, names its evidence, answers (§4.1, step 2)."
     name = "retrieval"
-    template = ("Answer the question from the memory. Write the numbers of the items that you use, then the answer: "
-                "<information> [1] </information> <final_answer> answer </final_answer>\n{memory}\nQuestion: {question}\nAnswer:\n")
+    template = ("Answer the question from the memory. Copy the items that you use with their numbers, then answer: "
+                "<information> item [1] </information> <final_answer> answer </final_answer>\n{memory}\nQuestion: {question}\nAnswer:\n")
     def __init__(self, *args,
         k:int=20, # memory lines that the policy sees
         embedder=None, # finds them; None for the hashing embedder

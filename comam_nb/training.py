@@ -137,7 +137,9 @@ class CoMAMConfig(GRPOConfig):
         super().__post_init__()
 
 # %% ../nbs/08_training.ipynb #255648b6
-def integrated_reward(prompts, completions, integrated, **kwargs): return integrated
+def integrated_reward(prompts, completions, integrated, **kwargs)->list:
+    "TRL's reward function: hands on what the rollout computed (Eq. 15)."
+    return integrated
 
 def _one_agent(batch, start, stop):
     "Rows of one micro-batch, without the padding that only other agents' rows need."

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1))) # tiny models gain nothing from more, and wait for each other where cores are busy
 
 
 @pytest.fixture(scope="session")

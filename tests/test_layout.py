@@ -58,6 +58,7 @@ def test_no_notebook_demonstrates_with_a_higher_numbered_module(path):
     for c in cells(path):
         if c["cell_type"] != "code": continue
         for other in re.findall(r"^\s*(?:from|import) comam_nb\.([\w.]+)", source(c), re.M):
+            assert other in ORDER, f"{path.name} imports {other}, which no notebook exports"
             assert ORDER[other] <= number, f"{path.name} imports {other}, which has a higher number"
 
 
