@@ -252,13 +252,13 @@ def answer(args)->int: # exit code
 def warm_start(args)->int: # exit code
     "`comam warm-start`: train the tiny policies by imitation and save them."
     from tqdm.auto import tqdm
-    from comam_nb.microworld import MicroWorld, imitate, save_warm_start
+    from comam_nb.microworld import imitate, save_warm_start
     import torch
     torch.set_num_threads(1) # sums in one order: the same weights every time
     out = fresh_dir(args.out)
     bar = tqdm(total=args.steps, unit="step")
     def progress(step, loss): bar.update(step - bar.n); bar.set_postfix_str(f"loss {loss:.3f}")
-    backbone = imitate(MicroWorld(), steps=args.steps, seed=args.seed, progress=progress)
+    backbone = imitate(steps=args.steps, seed=args.seed, progress=progress)
     bar.close()
     save_warm_start(backbone, out)
     print(f"warm start written to {out}")
