@@ -98,7 +98,7 @@ def fit_episodes(
     return out
 
 # %% ../nbs/13_cli.ipynb #10bb36ff
-DEFAULTS = {"microworld": dict(steps=80, episodes_per_step=16, group_size=8, lr=5e-4), "llm": dict(steps=20, episodes_per_step=1, group_size=4, lr=2e-5)}
+DEFAULTS = {"microworld": dict(steps=100, episodes_per_step=16, group_size=8, lr=6e-4), "llm": dict(steps=20, episodes_per_step=1, group_size=4, lr=2e-5)}
 
 def build_team(args):
     "Agents, training episodes, held-out episodes and rewards for the given arguments."
@@ -155,7 +155,7 @@ def joint_config(args, out:Path):
     from comam_nb.training import CoMAMConfig
     longest = dict(max_completion_length=args.max_new_tokens)
     return CoMAMConfig(str(out / "checkpoints"), max_steps=args.steps, episodes_per_step=args.episodes_per_step, num_generations=args.group_size, learning_rate=args.lr,
-                       lr_scheduler_type="constant", credit=args.credit, credit_temperature=args.credit_temperature, credit_rescale=args.rescale, credit_rule=args.rule,
+                       lr_scheduler_type="linear", credit=args.credit, credit_temperature=args.credit_temperature, credit_rescale=args.rescale, credit_rule=args.rule,
                        seed=args.seed, use_cpu=pick_device(args.device).type == "cpu", micro_batches_per_agent=args.micro_batches, disable_tqdm=True,
                        save_strategy="steps" if args.save_steps else "no", save_steps=args.save_steps or 500, save_total_limit=2, **longest)
 

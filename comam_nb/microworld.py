@@ -42,12 +42,12 @@ SMALL_TALK = ("The weather is nice today", "I slept well", "I am tired today", "
 @dataclass(frozen=True)
 class MicroWorld:
     "The generator's knobs."
-    facts:int=5 # subjects that the user speaks of, 1 to 10
+    facts:int=4 # subjects that the user speaks of, 1 to 10
     budget:int=4 # lines that extraction may keep
     profile_budget:int=3 # lines that profile may write
     hot:int=4 # subjects that are asked about most, all alike
     skew:float=1.5 # how fast the others fall off; 0 asks about all alike
-    superseded:float=0.3 # share of facts that a later statement replaces
+    superseded:float=0.4 # share of facts that a later statement replaces
     noise:int=2 # statements that say nothing about the user
     profile_share:float=0.25 # share of questions that need the profile
     hurt:tuple=(1.0, 1.0, 1.0) # how much extraction, profile, retrieval can hurt the answer, 0 to 1
@@ -282,7 +282,7 @@ def _imitation_loss(model, tok, pairs):
     return cross(logits, labels[:, 1:].flatten()) + 0.1 * cross(logits, every.flatten())
 
 # %% ../nbs/11_microworld.ipynb #8b944b90
-TEACHING = MicroWorld(facts=6, hot=1) # a little larger, and with other habits of asking: nothing to learn here about the real one's
+TEACHING = MicroWorld(facts=6, superseded=0.3, hot=1) # a little larger, and with other habits of asking: nothing to learn here about the real one's
 
 def imitate(
     world:MicroWorld=TEACHING,

@@ -272,7 +272,8 @@ def score_trajectories(
     for t, c in zip(trajectories, r_c):
         history = t["extraction"].state.history
         turns, gold = [m for s in history for m in s.messages], gold_evidence(t.episode)
-        t["extraction"].reward = extraction_reward(matcher(t["extraction"].action.notes, turns), gold, alpha)
+        wasted = {-n for n in range(1, t["extraction"].action.malformed + 1)} # a line repeated or without a valid citation is in M_f and matches nothing
+        t["extraction"].reward = extraction_reward(set(matcher(t["extraction"].action.notes, turns)) | wasted, gold, alpha)
         t["profile"].reward = c
         t["retrieval"].reward = retrieval_reward(t["retrieval"].action.evidence, gold, beta)
         said = t["retrieval"].text if match == "auto" and t.episode.options else t["retrieval"].action.answer # the official rule for options reads the whole text
