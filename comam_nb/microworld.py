@@ -294,7 +294,7 @@ def imitate(
 )->Backbone: # one tiny model that can play all three agents
     "Train the warm start: supervised imitation of the mediocre teacher."
     torch.manual_seed(seed)
-    rng, tok, world = random.Random(seed), world_tokenizer()
+    rng, tok = random.Random(seed), world_tokenizer()
     model = tiny_llama(len(tok))
     opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1)

@@ -276,11 +276,10 @@ def score_trajectories(
         t["extraction"].reward = extraction_reward(set(matcher(t["extraction"].action.notes, turns)) | wasted, gold, alpha)
         t["profile"].reward = c
         t["retrieval"].reward = retrieval_reward(t["retrieval"].action.evidence, gold, beta)
-        said = t["retrieval"].text if match == "auto" and t.episode.options else t["retrieval"].action.answer # the official rule for options reads the whole text
-        t.answer_reward = answer_reward(said, t.episode, match)
+        t.answer_reward = answer_reward(t["retrieval"].action.answer, t.episode, match)
     return [[t[a].reward for t in trajectories] for a in ("extraction", "profile", "retrieval")], [t.answer_reward for t in trajectories]
 
-# %% ../nbs/06_rewards.ipynb #d593d8e2
+# %% ../nbs/06_rewards.ipynb #e048a1bf
 @dataclass
 class Rewards:
     "The four rewards of CoMAM for a batch of groups: call it with groups [E][G] of `Trajectory`."
@@ -295,7 +294,7 @@ class Rewards:
         score_trajectories(flat, self.judge, self.matcher, self.alpha, self.beta, self.match)
         return [[[t[a].reward for t in g] for a in ("extraction", "profile", "retrieval")] for g in groups], [[t.answer_reward for t in g] for g in groups]
 
-# %% ../nbs/06_rewards.ipynb #634956a5
+# %% ../nbs/06_rewards.ipynb #5d211950
 def _located(
     episode:Episode, # from read_personamem, with the full history
 )->int|None: # index into episode.turns, or None without usable columns
@@ -312,7 +311,7 @@ def _located(
         if end > at: return i
     return len(episode.turns) - 1
 
-# %% ../nbs/06_rewards.ipynb #8929fba5
+# %% ../nbs/06_rewards.ipynb #6a044d6f
 def _shared_words(
     wanted:str, # question and right answer
     turns:Sequence[Message], # candidates
@@ -324,7 +323,7 @@ def _shared_words(
     words = Counter(w for part in wanted.split("\n") for w in content_words(part))       # a word in both parts counts twice
     return [sum(words[w] * rarity(w) for w in t & words.keys()) / math.sqrt(len(t) or 1) for t in (content_words(m.content) for m in turns)]
 
-# %% ../nbs/06_rewards.ipynb #4840902c
+# %% ../nbs/06_rewards.ipynb #b62d235c
 def weak_evidence(
     episode:Episode, # with the full history
     window:int=1, # turns on either side of where the columns point
