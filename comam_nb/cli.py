@@ -162,11 +162,9 @@ def joint_config(args, out:Path):
 # %% ../nbs/13_cli.ipynb #14a86dbc
 def _train_and_compare(args, out, agents, train_set, held_out, rewards):
     "The middle of a run: its log, and scores before and after."
-    from transformers.trainer_callback import PrinterCallback
     from comam_nb.evaluation import evaluate
     from comam_nb.training import CoMAMTrainer
     trainer = CoMAMTrainer(agents, train_set, rewards, joint_config(args, out), callbacks=[run_callback(out, args.steps)])
-    trainer.remove_callback(PrinterCallback)
     score = lambda: evaluate(agents, held_out, rewards, batch_size=args.eval_batch)
     saved = out / "before.json"
     if args.resume and saved.exists(): before = {k: _array(v) for k, v in json.loads(saved.read_text()).items()}

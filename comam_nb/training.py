@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from .agents import ExtractionAgent, ProfileAgent, RetrievalAgent
@@ -176,6 +177,7 @@ class RolloutTrainer(GRPOTrainer):
         super().__init__(model=model, reward_funcs=integrated_reward, args=args, train_dataset=Dataset.from_list(rows),
                          processing_class=tokenizer, rollout_func=self._rollout, callbacks=callbacks)
         for p in trainable: p.requires_grad_(True) # all adapters, not only the active one
+        self.remove_callback(PrinterCallback) # prints every log line whole
 
     def _rollout(self, labels, trainer):
         a, G = self.args, self.num_generations
