@@ -113,13 +113,13 @@ def build_team(args):
         agents = micro_agents(world, args.policy, seed=args.seed)
         return agents, make_episodes(world, args.steps * args.episodes_per_step, seed=args.seed), make_episodes(world, args.eval_episodes, held_out=True), micro_rewards(world)
     if not args.backbone: raise CommandError("--data needs --backbone: name a model directory, a .gguf file or a hub id")
+    from comam_nb.agents import INSTRUCT
     from comam_nb.backbone import load_backbone
     from comam_nb.rewards import RubricJudge, lm_yes
     episodes = load_episodes_for(args.data)
     load = lambda: load_backbone(args.backbone, adapters=None, dtype=args.dtype, device=args.device, verbose=False)
     backbone = {a: load() for a in ("extraction", "profile", "retrieval")} if args.policy == "separate" else load()
-    small = dict(max_new_tokens=args.max_new_tokens)
-    agents = make_agents(backbone, args.policy, r=args.rank, extraction=small, profile=small, retrieval=small)
+    agents = make_agents(backbone, args.policy, r=args.rank, **{n: dict(max_new_tokens=args.max_new_tokens, template=t) for n, t in INSTRUCT.items()})
     judge = RubricJudge(lm_yes(agents["profile"].policy))
     episodes = fit_episodes(episodes, agents, args.max_prompt_tokens)
     return agents, episodes, episodes[:args.eval_episodes], Rewards(judge=judge)
@@ -219,6 +219,7 @@ def _show_items(title, items):
 
 def answer(args)->int: # exit code
     "`comam answer`: build the memory of a chat log and answer a question from it."
+    from comam_nb.agents import INSTRUCT
     from comam_nb.assistant import Assistant
     from comam_nb.backbone import load_backbone
     from comam_nb.data import read_history
@@ -227,9 +228,8 @@ def answer(args)->int: # exit code
     if not args.query.strip(): raise CommandError("the query is empty")
     if args.options is not None and len(args.options) < 2: raise CommandError("--options needs at least two answers to choose from")
     history = read_history(args.history)
-    small = dict(max_new_tokens=args.max_new_tokens)
     backbone = load_backbone(args.backbone, adapters=None, dtype=args.dtype, device=args.device)
-    agents = make_agents(backbone, "adapters", r=args.rank, extraction=small, profile=small, retrieval=small)
+    agents = make_agents(backbone, "adapters", r=args.rank, **{n: dict(max_new_tokens=args.max_new_tokens, template=t) for n, t in INSTRUCT.items()})
     if args.adapters: load_agents(agents, args.adapters)
     with MemoryStore(args.memory or ":memory:") as store:
         assistant = Assistant(agents, store, user=args.user)
