@@ -276,7 +276,7 @@ def score_trajectories(
         t["extraction"].reward = extraction_reward(set(matcher(t["extraction"].action.notes, turns)) | wasted, gold, alpha)
         t["profile"].reward = c
         t["retrieval"].reward = retrieval_reward(t["retrieval"].action.evidence, gold, beta)
-        t.answer_reward = answer_reward(t["retrieval"].action.answer, t.episode, match)
+        t.answer_reward = answer_reward(t.final.answer, t.episode, match) # p as it stands in s_3, after any intervention
     return [[t[a].reward for t in trajectories] for a in ("extraction", "profile", "retrieval")], [t.answer_reward for t in trajectories]
 
 # %% ../nbs/06_rewards.ipynb #e048a1bf
