@@ -48,6 +48,7 @@ class Backbone:
     tokenizer:object # its tokenizer
     adapters:tuple=() # names of the LoRA adapters; empty if there are none
     name:str="" # where it came from
+    stop:str="" # a completion ends behind this text, too
 
     @property
     def device(self)->torch.device: return next(self.model.parameters()).device
@@ -145,6 +146,7 @@ def load_backbone(
     dtype:str|torch.dtype|None=None, # weights' type, chosen if None
     device:str|None=None, # chosen if None
     r:int=16, # rank of the adapters
+    chat:bool=True, # False: no chat template, and completions end at an empty line
     verbose:bool=True, # print what was chosen
 )->Backbone: # model, tokenizer and adapters, ready to act
     "Load a language model and give it one LoRA adapter per agent. Raises `BackboneError` if there is no such model."
@@ -158,8 +160,9 @@ def load_backbone(
         raise BackboneError(f"{name_or_path}: cannot be loaded as a causal language model ({str(e).splitlines()[0]}): name a model directory, a .gguf file or a hub id") from e
     if tok.pad_token is None: tok.pad_token = tok.eos_token
     tok.padding_side = "left"
+    if not chat: tok.chat_template = None
     if adapters: model = add_adapters(model, tuple(adapters), r=r)
-    backbone = Backbone(model.to(device).eval(), tok, tuple(adapters or ()), str(name_or_path))
+    backbone = Backbone(model.to(device).eval(), tok, tuple(adapters or ()), str(name_or_path), "" if chat else "\n\n")
     if verbose: print(backbone)
     return backbone
 
@@ -172,15 +175,15 @@ def choice_probs(
 )->torch.Tensor: # [len(prompts), len(choices)] probabilities, rows sum to 1
     "How likely the frozen model is to give each short answer."
     model, rows = backbone.model, []
+    tails = [backbone.tokenizer(c, add_special_tokens=False).input_ids for c in choices]
     off = model.disable_adapter() if hasattr(model, "disable_adapter") else _nothing()
     with off:
         for prompt in prompts:
-            scores = []
-            for choice in choices:
-                tail = backbone.tokenizer(choice, add_special_tokens=False).input_ids
-                head = prompt_ids(backbone, prompt, reserve=len(tail))
-                logp = model(torch.tensor([head + tail], device=backbone.device)).logits[0, len(head) - 1:-1].float().log_softmax(-1)
-                scores.append(logp.gather(1, torch.tensor(tail, device=backbone.device)[:, None]).sum())
+            head, seen, scores = prompt_ids(backbone, prompt, reserve=max(map(len, tails))), {}, []
+            for *body, last in tails: # answers that differ in their last token only, such as "Yes" and "No", share one pass
+                if tuple(body) not in seen: # [len(body) + 1, V]: what the model expects after the prompt, and after each token of the body
+                    seen[tuple(body)] = model(torch.tensor([head + body], device=backbone.device)).logits[0, len(head) - 1:].float().log_softmax(-1)
+                scores.append(seen[tuple(body)].gather(1, torch.tensor([*body, last], device=backbone.device)[:, None]).sum())
             rows.append(torch.stack(scores).softmax(0))
     return torch.stack(rows).cpu()
 
@@ -188,7 +191,7 @@ def choice_probs(
 @contextmanager
 def _nothing(): yield
 
-# %% ../nbs/01_backbone.ipynb #33e220e0
+# %% ../nbs/01_backbone.ipynb #3b7ffe89
 class OpenAIChat:
     "A chat model behind an OpenAI-compatible server: acts, cannot be trained."
     def __init__(self,

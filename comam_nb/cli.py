@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATA_KINDS', 'DEFAULTS', 'CommandError', 'fresh_dir', 'write_json', 'versions', 'load_episodes_for', 'fit_episodes',
-           'build_team', 'run_callback', 'joint_config', 'save_plots', 'train', 'answer', 'warm_start', 'parser',
-           'main']
+           'language_agents', 'build_team', 'run_callback', 'joint_config', 'save_plots', 'train', 'answer',
+           'warm_start', 'parser', 'main']
 
 # %% ../nbs/13_cli.ipynb #79bb1690
 import argparse, json, os, sys, time
@@ -98,33 +98,38 @@ def fit_episodes(
     return out
 
 # %% ../nbs/13_cli.ipynb #10bb36ff
+def language_agents(args, policy="adapters"):
+    "Three agents on --backbone, with the prompts that --prompts names."
+    from comam_nb.agents import PROMPTS
+    from comam_nb.backbone import load_backbone
+    from comam_nb.training import make_agents
+    load = lambda: load_backbone(args.backbone, adapters=None, dtype=args.dtype, device=args.device, chat=args.prompts == "instruct", verbose=False)
+    backbone = {name: load() for name in PROMPTS[args.prompts]} if policy == "separate" else load()
+    return make_agents(backbone, policy, r=args.rank, **{n: dict(max_new_tokens=args.max_new_tokens, **kw) for n, kw in PROMPTS[args.prompts].items()})
+
+# %% ../nbs/13_cli.ipynb #1c1390be
 DEFAULTS = {"microworld": dict(steps=100, episodes_per_step=16, group_size=8, lr=6e-4), "llm": dict(steps=20, episodes_per_step=1, group_size=4, lr=2e-5)}
 
 def build_team(args):
     "Agents, training episodes, held-out episodes and rewards for the given arguments."
     from comam_nb.rewards import Rewards
-    from comam_nb.training import make_agents
     if args.data == "microworld":
         if args.backbone: raise CommandError("--backbone goes with --data: the micro-world brings its own tiny policies")
-        from comam_nb.microworld import MicroWorld, load_warm_start, make_episodes, micro_agents, micro_rewards
+        from comam_nb.microworld import MicroWorld, make_episodes, micro_agents, micro_rewards
         import torch
         torch.set_num_threads(1) # matrices this small gain little from a second thread and lose tenfold when the cores are shared
         world = MicroWorld()
         agents = micro_agents(world, args.policy, seed=args.seed)
         return agents, make_episodes(world, args.steps * args.episodes_per_step, seed=args.seed), make_episodes(world, args.eval_episodes, held_out=True), micro_rewards(world)
     if not args.backbone: raise CommandError("--data needs --backbone: name a model directory, a .gguf file or a hub id")
-    from comam_nb.agents import INSTRUCT
-    from comam_nb.backbone import load_backbone
     from comam_nb.rewards import RubricJudge, lm_yes
     episodes = load_episodes_for(args.data)
-    load = lambda: load_backbone(args.backbone, adapters=None, dtype=args.dtype, device=args.device, verbose=False)
-    backbone = {a: load() for a in ("extraction", "profile", "retrieval")} if args.policy == "separate" else load()
-    agents = make_agents(backbone, args.policy, r=args.rank, **{n: dict(max_new_tokens=args.max_new_tokens, template=t) for n, t in INSTRUCT.items()})
+    agents = language_agents(args, args.policy)
     judge = RubricJudge(lm_yes(agents["profile"].policy))
     episodes = fit_episodes(episodes, agents, args.max_prompt_tokens)
     return agents, episodes, episodes[:args.eval_episodes], Rewards(judge=judge)
 
-# %% ../nbs/13_cli.ipynb #d950d6c5
+# %% ../nbs/13_cli.ipynb #295ec078
 def run_callback(
     out:Path, # the run's directory
     steps:int, # in all
@@ -148,18 +153,18 @@ def run_callback(
         def on_train_end(self, args, state, control, **kwargs): self.bar.close(); self.file.close()
     return RunLog()
 
-# %% ../nbs/13_cli.ipynb #fb9252b5
+# %% ../nbs/13_cli.ipynb #4efe8edc
 def joint_config(args, out:Path):
     "The trainer's settings for a run."
     from comam_nb.backbone import pick_device
     from comam_nb.training import CoMAMConfig
-    longest = dict(max_completion_length=args.max_new_tokens)
+    longest = dict(max_completion_length=args.max_new_tokens, temperature=args.temperature)
     return CoMAMConfig(str(out / "checkpoints"), max_steps=args.steps, episodes_per_step=args.episodes_per_step, num_generations=args.group_size, learning_rate=args.lr,
                        lr_scheduler_type="linear", credit=args.credit, credit_temperature=args.credit_temperature, credit_rescale=args.rescale, credit_rule=args.rule,
                        seed=args.seed, use_cpu=pick_device(args.device).type == "cpu", micro_batches_per_agent=args.micro_batches, disable_tqdm=True,
                        save_strategy="steps" if args.save_steps else "no", save_steps=args.save_steps or 500, save_total_limit=2, **longest)
 
-# %% ../nbs/13_cli.ipynb #14a86dbc
+# %% ../nbs/13_cli.ipynb #4665fd40
 def _train_and_compare(args, out, agents, train_set, held_out, rewards):
     "The middle of a run: its log, and scores before and after."
     from comam_nb.evaluation import evaluate
@@ -179,7 +184,7 @@ def _array(values):
     import numpy as np
     return np.asarray(values)
 
-# %% ../nbs/13_cli.ipynb #d63fb719
+# %% ../nbs/13_cli.ipynb #86d7a11b
 def save_plots(out:Path):
     "rewards.png and weights.png from a run's metrics.jsonl."
     import matplotlib
@@ -212,24 +217,22 @@ def train(args)->int: # exit code
     print(f"\n{len(held_out)} {'held-out' if args.data == 'microworld' else 'training'} episodes, mean and 95 % interval:\n{before_after(before, after)}\n\n{seconds:.0f} s; everything is in {out}")
     return 0
 
-# %% ../nbs/13_cli.ipynb #3438c885
+# %% ../nbs/13_cli.ipynb #2d98058e
 def _show_items(title, items):
     print(f"\n{title}: {len(items)} item{'s' * (len(items) != 1)}")
     for i in items: print(f"  {list(i.cites)} {i.text}")
 
 def answer(args)->int: # exit code
     "`comam answer`: build the memory of a chat log and answer a question from it."
-    from comam_nb.agents import INSTRUCT
     from comam_nb.assistant import Assistant
-    from comam_nb.backbone import load_backbone
     from comam_nb.data import read_history
     from comam_nb.memory import MemoryStore
-    from comam_nb.training import load_agents, make_agents
+    from comam_nb.training import load_agents
     if not args.query.strip(): raise CommandError("the query is empty")
     if args.options is not None and len(args.options) < 2: raise CommandError("--options needs at least two answers to choose from")
     history = read_history(args.history)
-    backbone = load_backbone(args.backbone, adapters=None, dtype=args.dtype, device=args.device)
-    agents = make_agents(backbone, "adapters", r=args.rank, **{n: dict(max_new_tokens=args.max_new_tokens, template=t) for n, t in INSTRUCT.items()})
+    agents = language_agents(args)
+    print(agents["retrieval"].policy)
     if args.adapters: load_agents(agents, args.adapters)
     with MemoryStore(args.memory or ":memory:") as store:
         assistant = Assistant(agents, store, user=args.user)
@@ -246,7 +249,7 @@ def answer(args)->int: # exit code
         print(f"\nanswer: {reply.answer or reply.text.strip() or '(none)'}\n{assistant.usage}")
     return 0
 
-# %% ../nbs/13_cli.ipynb #bcacfa7c
+# %% ../nbs/13_cli.ipynb #17ea4eef
 def warm_start(args)->int: # exit code
     "`comam warm-start`: train the tiny policies by imitation and save them."
     from tqdm.auto import tqdm
@@ -262,11 +265,12 @@ def warm_start(args)->int: # exit code
     print(f"warm start written to {out}")
     return 0
 
-# %% ../nbs/13_cli.ipynb #65bc63a8
+# %% ../nbs/13_cli.ipynb #b31cc934
 def _add_model_arguments(p):
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="weights' type (default: chosen)")
     p.add_argument("--device", help="torch device (default: CUDA, else MPS, else CPU)")
     p.add_argument("--rank", type=int, default=16, help="LoRA rank (default 16)")
+    p.add_argument("--prompts", choices=("instruct", "few-shot"), default="instruct", help="instruct: for models that follow instructions; few-shot: worked examples without chat template, for base and very small models (default instruct)")
 
 def _train_parser(sub):
     p = sub.add_parser("train", help="train the three agents jointly")
@@ -283,6 +287,7 @@ def _train_parser(sub):
     p.add_argument("--credit-temperature", type=float, default=1.0, help="softmax temperature of the weights (default 1)")
     p.add_argument("--rescale", action="store_true", help="correct the NDCG for chance")
     p.add_argument("--rule", default="eq15", help="eq15 or alg1 (default eq15)")
+    p.add_argument("--temperature", type=float, default=1.0, help="of the rollouts (default 1, the policy itself)")
     p.add_argument("--micro-batches", type=int, default=1, help="passes per agent and step, to save memory (default 1)")
     p.add_argument("--save-steps", type=int, default=0, help="write a checkpoint every so many steps (default: none)")
     p.add_argument("--eval-episodes", type=int, default=None, help="episodes evaluated before and after (default 500, or 8 with --backbone)")
@@ -291,7 +296,7 @@ def _train_parser(sub):
     p.add_argument("--max-prompt-tokens", type=int, default=1024, help="tokens of history in a training prompt, with --backbone (default 1024)")
     _add_model_arguments(p)
 
-# %% ../nbs/13_cli.ipynb #b31cc934
+# %% ../nbs/13_cli.ipynb #8bebcf63
 def parser()->argparse.ArgumentParser:
     "The command line of `comam`."
     p = argparse.ArgumentParser(prog="comam", description="Three agents that build and use a personal memory, trained jointly.")
@@ -316,7 +321,7 @@ def parser()->argparse.ArgumentParser:
     w.add_argument("--seed", type=int, default=5, help="default 5, the one that the package's weights were made with")
     return p
 
-# %% ../nbs/13_cli.ipynb #8f4a2096
+# %% ../nbs/13_cli.ipynb #cc9f9656
 def _fill_defaults(args):
     kind = "microworld" if getattr(args, "data", None) == "microworld" else "llm"
     if args.run is not train: return
@@ -326,6 +331,7 @@ def _fill_defaults(args):
     if args.eval_batch is None: args.eval_batch = 256 if kind == "microworld" else 4
     for k in ("steps", "episodes_per_step", "eval_episodes", "max_new_tokens", "micro_batches"):
         if getattr(args, k) < 1: raise CommandError(f"--{k.replace('_', '-')} must be at least 1, not {getattr(args, k)}")
+    if args.temperature <= 0: raise CommandError(f"--temperature must be above 0, not {args.temperature}: a greedy group is G times the same rollout, and nothing can be learnt from it")
 
 def main(
     argv:list|None=None, # arguments; None takes sys.argv

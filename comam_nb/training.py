@@ -8,7 +8,7 @@ __all__ = ['POLICIES', 'grpo_loss', 'make_agents', 'SeparatePolicies', 'trained_
 
 # %% ../nbs/08_training.ipynb #2eb8a073
 import json, os, random, time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -56,7 +56,7 @@ def make_agents(
         return {n: k(backbone[n], None, **kwargs.get(n, {})) for n, k in kinds.items()}
     names = AGENTS if policy == "adapters" else ("shared",)
     if not backbone.adapters:
-        backbone = Backbone(add_adapters(backbone.model, names, r=r), backbone.tokenizer, names, backbone.name)
+        backbone = replace(backbone, model=add_adapters(backbone.model, names, r=r), adapters=names)
     if set(backbone.adapters) != set(names): raise BackboneError(f"policy mode {policy!r} needs the adapters {', '.join(names)}; this backbone has {', '.join(backbone.adapters)}")
     return {n: k(backbone, n if policy == "adapters" else "shared", **kwargs.get(n, {})) for n, k in kinds.items()}
 
@@ -203,6 +203,7 @@ class RolloutTrainer(GRPOTrainer):
             m[f"advantage_std_{agent}"].append(A[:, i].std().item())
             m[f"zero_variance_{agent}"].append((credit.rewards[:, i].std(-1) < 1e-8).float().mean().item())
             m[f"malformed_{agent}"].append(sum(t[agent].action.malformed > 0 for t in flat) / len(flat))
+        m["cut_off"].append(sum(len(x.action_ids) >= self.agents[x.agent].max_new_tokens for t in flat for x in t.transitions) / (3 * len(flat)))
 
 # %% ../nbs/08_training.ipynb #58af97a3
 class CoMAMTrainer(RolloutTrainer):
@@ -278,7 +279,7 @@ def diagnose(
     for a in AGENTS:
         if mean(f"malformed_{a}") > 0.5: found.append(f"{a}: {mean(f'malformed_{a}'):.0%} of its texts are malformed: read a few, simplify the prompt, or start from supervised examples")
         if mean(f"zero_variance_{a}") > 0.8: found.append(f"{a}: {mean(f'zero_variance_{a}'):.0%} of its groups have equal rewards, so no advantage: take larger groups, a higher temperature, or episodes that are neither always nor never solved")
-    if mean("completions/clipped_ratio") > 0.5: found.append(f"{mean('completions/clipped_ratio'):.0%} of the texts were cut off at max_new_tokens: allow more")
+    if mean("cut_off") > 0.5: found.append(f"{mean('cut_off'):.0%} of the texts were cut off at max_new_tokens: allow more")
     if mean("grad_norm") == 0: found.append("the gradient is zero: every group has equal rewards, or nothing is trainable")
     if mean("entropy") < 0.01: found.append("the policies have become deterministic (entropy below 0.01): lower the learning rate or add an entropy bonus")
     return found

@@ -1,0 +1,1 @@
+"Cross-model memory: trajectories, verified contrast, a bank of constraints (MemCollab)."
