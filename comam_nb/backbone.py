@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'pick_dtype', 'BackboneError', 'Backbone', 'prompt_ids', 'use_adapter', 'add_adapters', 'load_backbone',
-           'choice_probs', 'OpenAIChat']
+           'without_adapters', 'choice_probs', 'OpenAIChat']
 
 # %% ../nbs/01_backbone.ipynb #71f8f737
 import os, time, warnings
@@ -167,6 +167,19 @@ def load_backbone(
     return backbone
 
 # %% ../nbs/01_backbone.ipynb #b0d0af46
+@contextmanager
+def without_adapters(
+    model:torch.nn.Module, # a PeftModel; any other model is left alone
+):
+    "Switch the adapters off for a while, without touching what is trainable."
+    if not hasattr(model, "disable_adapter"): yield; return
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        with model.disable_adapter(): yield
+    finally:
+        for p in trainable: p.requires_grad_(True)
+
+# %% ../nbs/01_backbone.ipynb #f653fcaf
 @torch.no_grad()
 def choice_probs(
     backbone:Backbone, # the judge; its adapters are switched off
@@ -176,8 +189,7 @@ def choice_probs(
     "How likely the frozen model is to give each short answer."
     model, rows = backbone.model, []
     tails = [backbone.tokenizer(c, add_special_tokens=False).input_ids for c in choices]
-    off = model.disable_adapter() if hasattr(model, "disable_adapter") else _nothing()
-    with off:
+    with without_adapters(model):
         for prompt in prompts:
             head, seen, scores = prompt_ids(backbone, prompt, reserve=max(map(len, tails))), {}, []
             for *body, last in tails: # answers that differ in their last token only, such as "Yes" and "No", share one pass
@@ -187,11 +199,7 @@ def choice_probs(
             rows.append(torch.stack(scores).softmax(0))
     return torch.stack(rows).cpu()
 
-# %% ../nbs/01_backbone.ipynb #6376be6e
-@contextmanager
-def _nothing(): yield
-
-# %% ../nbs/01_backbone.ipynb #3b7ffe89
+# %% ../nbs/01_backbone.ipynb #2225c707
 class OpenAIChat:
     "A chat model behind an OpenAI-compatible server: acts, cannot be trained."
     def __init__(self,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATA_KINDS', 'DEFAULTS', 'CommandError', 'fresh_dir', 'write_json', 'versions', 'load_episodes_for', 'fit_episodes',
-           'language_agents', 'build_team', 'run_callback', 'joint_config', 'save_plots', 'train', 'answer',
-           'warm_start', 'parser', 'main']
+           'language_agents', 'build_team', 'run_callback', 'joint_config', 'save_plots', 'train', 'history_for',
+           'answer', 'warm_start', 'parser', 'main']
 
 # %% ../nbs/13_cli.ipynb #79bb1690
 import argparse, json, os, sys, time
@@ -218,6 +218,20 @@ def train(args)->int: # exit code
     return 0
 
 # %% ../nbs/13_cli.ipynb #2d98058e
+def history_for(
+    history:str, # a chat log; or locomo:FILE, personamem:QUESTIONS,CONTEXTS
+    user:str, # whose, where a file holds several
+)->tuple: # of Session
+    "One user's whole history. Raises `CommandError` if a benchmark file does not hold that user."
+    from comam_nb.data import read_history, read_locomo, read_personamem
+    kind, _, where = history.partition(":")
+    if kind == "locomo" and where: episodes = read_locomo(where)
+    elif kind == "personamem" and "," in where: episodes = read_personamem(*where.split(",", 1))
+    else: return read_history(history)
+    users = sorted({e.user for e in episodes})
+    if user not in users and len(users) > 1: raise CommandError(f"{history}: it holds {len(users)} users; name one with --user: {', '.join(users)}")
+    return max((e.history for e in episodes if e.user == user or len(users) == 1), key=lambda h: sum(len(s.messages) for s in h)) # PersonaMem: the context that goes furthest
+
 def _show_items(title, items):
     print(f"\n{title}: {len(items)} item{'s' * (len(items) != 1)}")
     for i in items: print(f"  {list(i.cites)} {i.text}")
@@ -225,12 +239,11 @@ def _show_items(title, items):
 def answer(args)->int: # exit code
     "`comam answer`: build the memory of a chat log and answer a question from it."
     from comam_nb.assistant import Assistant
-    from comam_nb.data import read_history
     from comam_nb.memory import MemoryStore
     from comam_nb.training import load_agents
     if not args.query.strip(): raise CommandError("the query is empty")
     if args.options is not None and len(args.options) < 2: raise CommandError("--options needs at least two answers to choose from")
-    history = read_history(args.history)
+    history = history_for(args.history, args.user)
     agents = language_agents(args)
     print(agents["retrieval"].policy)
     if args.adapters: load_agents(agents, args.adapters)
@@ -306,12 +319,12 @@ def parser()->argparse.ArgumentParser:
     a = sub.add_parser("answer", help="build the memory of a chat log and answer a question from it")
     a.set_defaults(run=answer)
     a.add_argument("--backbone", required=True, help="model directory, .gguf file or hub id")
-    a.add_argument("--history", required=True, help="chat log: JSON, JSONL or ChatML text")
+    a.add_argument("--history", required=True, help="chat log: JSON, JSONL or ChatML text; or locomo:FILE, personamem:QUESTIONS,CONTEXTS")
     a.add_argument("--query", required=True, help="the question")
     a.add_argument("--options", nargs="+", help="answers to choose from")
     a.add_argument("--adapters", help="weights directory of a training run")
     a.add_argument("--memory", help="file to keep the memory in (default: RAM)")
-    a.add_argument("--user", default="user", help="whose memory (default user)")
+    a.add_argument("--user", default="user", help="whose memory, and whose history in a file of several users (default user)")
     a.add_argument("--max-new-tokens", type=int, default=192, help="tokens that an agent may write (default 192)")
     _add_model_arguments(a)
     w = sub.add_parser("warm-start", help="train the tiny policies that the micro-world starts from")

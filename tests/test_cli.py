@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from comam_nb.agents import Action, Note
 from comam_nb.cli import main
 
 SMALL = ["--steps", "2", "--episodes-per-step", "2", "--group-size", "4", "--eval-episodes", "6"]
@@ -76,6 +77,21 @@ def test_own_model_on_a_chat_log(tmp_path, chat, tiny, capsys):
     out = capsys.readouterr().out
     for words in ("fine-grained memory", "coarse-grained memory", "retrieved", "answer:", "tokens read"): assert words in out
     assert (tmp_path / "memory.db").exists()
+
+def test_a_judge_on_the_base_leaves_every_adapter_to_the_optimizer(tmp_path, chat, tiny):
+    "Scores before training put rubric questions to the base; PEFT then leaves only the active adapter trainable."
+    from comam_nb.cli import _fill_defaults, build_team, joint_config, parser
+    from comam_nb.evaluation import evaluate
+    from comam_nb.training import CoMAMTrainer
+    args = parser().parse_args(["train", "--backbone", tiny, "--data", f"chat:{chat}", "--steps", "1", "--group-size", "2", "--max-new-tokens", "12", "--eval-episodes", "1"])
+    _fill_defaults(args)
+    agents, train_set, held_out, rewards = build_team(args)
+    trainer = CoMAMTrainer(agents, train_set, rewards, joint_config(args, tmp_path))
+    for a in agents.values(): # somebody must write a valid line, or the judge is not asked
+        a.parse = lambda text, state, name=a.name: Action((Note("a line", (1,)),), frozenset({1}), "tea")
+    evaluate(agents, held_out, rewards)
+    chosen = {id(p) for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    assert {k for k, p in trainer.model.named_parameters() if id(p) in chosen} == {k for k, p in trainer.model.named_parameters() if ".lora_" in k}
 
 def test_bad_input(tmp_path, chat, tiny, capsys):
     full = tmp_path / "full"; full.mkdir(); (full / "x").touch()
