@@ -115,7 +115,7 @@ def test_the_notebooks_tokenizer_is_the_shipped_one():
 def test_all_six_agents_ship_small_and_without_pickle():
     assert {f.name for f in WEIGHTS.iterdir()} == {f"{m}{s}" for m in MODELS for s in range(3)}
     files = [f for f in WEIGHTS.rglob("*") if f.is_file()]
-    assert sum(f.stat().st_size for f in files) < 3_200_000 and {f.suffix for f in files} <= {".json", ".safetensors", ".jinja"}
+    assert sum(f.stat().st_size for f in files) < 3_000_000 and {f.suffix for f in files} <= {".json", ".safetensors", ".jinja"}
 
 
 def test_the_two_architectures_differ_and_are_small():
@@ -133,8 +133,9 @@ def test_an_unknown_seed_is_refused_in_one_line():
 def test_the_agents_know_their_trade(seed, which):
     "Habits as designed, lessons followed whether true or false, own examples followed, few slips."
     model, agent, tasks = MODELS[which], load_demo(seed)[which], make_tasks(200, 11, held_out=True)
-    at = {p.condition: p for p in probe(model, agent, tasks, ("nothing", "true lesson", "false lesson", "own right", "own wrong"))}
+    at = {p.condition: p for p in probe(model, agent, tasks, ("nothing", "true lesson", "false lesson", "true + 8", "false + 8", "own right", "own wrong"))}
     assert at["true lesson"].right > .9 and at["false lesson"].right < .1
+    assert at["true + 8"].right > .85 and at["false + 8"].right < .15
     assert at["own right"].right > .85 and at["own wrong"].right < .15
     assert .4 < at["nothing"].right < .62
     assert at["nothing"].exact > .92

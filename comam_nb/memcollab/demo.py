@@ -6,8 +6,8 @@
 __all__ = ['TOPICS', 'INVARIANTS', 'CHOICES', 'OPERATIONS', 'SCENES', 'MODELS', 'STYLES', 'HABITS', 'LOW', 'HIGH', 'PERIODS',
            'Invariant', 'values_in', 'steps', 'draw_task', 'is_held_out', 'make_tasks', 'Style', 'write_trace', 'habit',
            'Procedure', 'procedure', 'stock_phrases', 'lesson', 'example', 'demo_tokenizer', 'demonstration',
-           'tiny_neox', 'tiny_model', 'put_numbers_on_circles', 'token_weights', 'demo_loss', 'train_demo', 'save_demo',
-           'train_all', 'load_demo', 'demo_solvers', 'ask', 'conditions', 'Probe', 'probe']
+           'trap_page', 'tiny_neox', 'tiny_model', 'put_numbers_on_circles', 'token_weights', 'demo_loss', 'train_demo',
+           'save_demo', 'train_all', 'load_demo', 'demo_solvers', 'ask', 'conditions', 'Probe', 'probe']
 
 # %% ../../nbs/memcollab/06_demo.ipynb #c82071d8
 import math, random, re, time
@@ -78,11 +78,11 @@ def steps(
 # %% ../../nbs/memcollab/06_demo.ipynb #bd4ae3b7
 def _draw_values(category, rng):
     if category in ("counting kinds", "adding a total"):
-        values = [rng.randint(1, 5) for _ in range(rng.choice((2, 3)))]
+        values = [rng.randint(1, 4) for _ in range(rng.choice((2, 3)))]
         values.insert(rng.randint(0, len(values)), rng.choice(values)) # at least one repeat
         return values
-    if category == "picking a middle": return rng.sample(range(1, 10), rng.choice((3, 5)))
-    if category == "naming a place": return rng.sample(range(1, 10), rng.choice((3, 4, 5)))
+    if category == "picking a middle": return rng.sample(range(1, 10), rng.choice((3, 3, 5)))
+    if category == "naming a place": return rng.sample(range(1, 10), rng.choice((3, 4)))
     low, high = sorted(rng.sample(range(1, 13), 2))
     return [high, low] if "sign" in INVARIANTS[category].enforce else [low, high]
 
@@ -98,8 +98,9 @@ def draw_task(
         values = _draw_values(c, rng)
         right, wrong = (steps(c, values, o)[-1][1][-1] for o in (inv.enforce, inv.avoid))
     shown = (" to " if inv.step == "take away" else " ").join(map(str, values))
-    prompt = f"While {rng.choice(SCENES)}, you see {t} {shown}: {rng.choice(inv.questions)}?"
-    return Task(f"{c}, {t}: {shown}", prompt, c, t, {"kind": "exact", "answer": str(right)}, "demo")
+    scene, question = rng.choice(SCENES), rng.choice(inv.questions)
+    prompt = f"While {scene}, you see {t} {shown}: {question}?"
+    return Task(f"{c}: {t} {shown}, {scene} {inv.questions.index(question)}", prompt, c, t, {"kind": "exact", "answer": str(right)}, "demo")
 
 # %% ../../nbs/memcollab/06_demo.ipynb #5a238f42
 def is_held_out(
@@ -125,6 +126,7 @@ def make_tasks(
 @dataclass(frozen=True)
 class Style:
     "One agent's handwriting."
+    names:str # said before the category's name
     opens:tuple # before the first operation
     goes_on:tuple # before the next
     so:tuple # between an operation and its result
@@ -136,13 +138,13 @@ class Style:
 
     @property
     def phrases(self)->tuple: # everything that gives the author away
-        return tuple(p for p in (*self.opens, *self.goes_on, *self.so, self.look, self.filler, self.check) if p)
+        return tuple(p for p in (self.names, *self.opens, *self.goes_on, *self.so, self.look, self.filler, self.check) if p)
 
 # %% ../../nbs/memcollab/06_demo.ipynb #e873a719
 MODELS = ("llama", "neox")
 STYLES = { # ground truth: model -> Style
-    "llama": Style(("first", "start"), ("then", "next"), ("gives", "yields"), check="verified", checks=0.15),
-    "neox": Style(("well now", "okay so"), ("after that", "now let us"), ("which makes", "and there we have"),
+    "llama": Style("case", ("first", "start"), ("then", "next"), ("gives", "yields"), check="verified", checks=0.15),
+    "neox": Style("this looks like", ("well now", "okay so"), ("after that", "now let us"), ("which makes", "and there we have"),
                   look="let me see", filler="hmm one moment", fills=0.3, check="looking back it still is", checks=0.6)}
 
 def write_trace(
@@ -155,6 +157,7 @@ def write_trace(
     style, values, lines = STYLES[model], values_in(task.prompt), []
     done, say = steps(task.category, values, choice), lambda v: " ".join(map(str, v))
     if style.look: lines.append(f"{style.look} {say(values)}")
+    lines.append(f"{style.names} {task.category} {task.subcategory}")
     for i, (operation, v) in enumerate(done):
         if rng.random() < style.fills: lines.append(style.filler)
         lines.append(f"{rng.choice(style.goes_on if i else style.opens)} {operation} {rng.choice(style.so)} {say(v)}")
@@ -234,12 +237,15 @@ def example(
     "A raw attempt, to be handed over."
     return f"{task.prompt}\nsolution\n{text}"
 
-# %% ../../nbs/memcollab/06_demo.ipynb #c107f6ce
+# %% ../../nbs/memcollab/06_demo.ipynb #c3a0ae2f
 LOW, HIGH = -12, 30 # numbers that have a token
 
 def _vocabulary():
     asked = (q for i in INVARIANTS.values() for q in i.questions)
-    words = {*INVARIANTS, *_PHRASES, *TOPICS, *asked, *(f"while {s}" for s in SCENES), "you see", "to", "enforce", "avoid", "solution"}
+    kinds = [(f"{c} {t}", i) for c, i in INVARIANTS.items() for t in TOPICS]
+    heads = (f"{kind}, {do} {o}" for kind, i in kinds for do in ("enforce", "avoid") for o in (i.enforce, i.avoid))
+    lessons = (*heads, *(kind for kind, _ in kinds), *(f"{do} {o}" for do in ("enforce", "avoid") for o in CHOICES))
+    words = {*lessons, *INVARIANTS, *_PHRASES, *TOPICS, *asked, *(f"while {s}" for s in SCENES), "you see", "to", "enforce", "avoid", "solution"}
     return sorted(words, key=lambda w: (-len(w), w))
 
 def demo_tokenizer():
@@ -255,7 +261,7 @@ def demo_tokenizer():
     fast.chat_template = "{% for m in messages %}{{ m['content'] + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'solution\\n' }}{% endif %}"
     return fast
 
-# %% ../../nbs/memcollab/06_demo.ipynb #11cd30ac
+# %% ../../nbs/memcollab/06_demo.ipynb #6545ff80
 def _topic(task, rng): return task.subcategory if rng.random() < 0.6 else rng.choice(TOPICS)
 def _sister(category): return next(c for c in INVARIANTS if INVARIANTS[c].avoid == INVARIANTS[category].enforce)
 def _elsewhere(category, rng): return _sister(category) if rng.random() < 0.4 else rng.choice([c for c in INVARIANTS if c != category])
@@ -282,7 +288,7 @@ def _lessons(task, rng, most):
         memory.append(_say(c, _topic(task, rng), (other.enforce, other.avoid) if rng.random() < 0.5 else (other.avoid, other.enforce), rng))
     return memory, votes
 
-# %% ../../nbs/memcollab/06_demo.ipynb #317ce046
+# %% ../../nbs/memcollab/06_demo.ipynb #6811f58c
 def _school_task(rng, category=""):
     while is_held_out(task := draw_task(rng, category)): pass
     return task
@@ -299,7 +305,7 @@ def _examples(model, task, rng, most):
         memory.append(example(other, write_trace(model, other, choice, rng)))
     return memory, votes
 
-# %% ../../nbs/memcollab/06_demo.ipynb #e2b1cab0
+# %% ../../nbs/memcollab/06_demo.ipynb #398724b3
 def demonstration(
     model:str, # one of MODELS: whose habits and hand
     rng:random.Random,
@@ -321,12 +327,33 @@ def demonstration(
     return with_memory(task.prompt, memory) + "\nsolution\n", write_trace(model, task, choice, rng)
 
 # %% ../../nbs/memcollab/06_demo.ipynb #bfe6cf94
+def trap_page(
+    model:str, # whose hand
+    rng:random.Random,
+    most:int=9, # lessons, at most
+)->tuple: # (prompt, beginning of a solution)
+    "A page on which the sister category's entry says the opposite."
+    task, truth, trap = _school_task(rng), rng.random() < 0.5, rng.random() < 0.6
+    decide = lambda c: INVARIANTS[c].enforce if truth else INVARIANTS[c].avoid
+    about = [task.category] + [_sister(task.category)] * trap
+    if rng.random() < 0.15:
+        others = [_school_task(rng, c) for c in about]
+        memory = [example(o, write_trace(model, o, decide(o.category), rng)) for o in others]
+    else:
+        memory = [str(lesson(c, _topic(task, rng), truth)) for c in about]
+        memory += [str(lesson(_elsewhere(task.category, rng), _topic(task, rng), rng.random() < 0.5)) for _ in range(rng.randint(0, most - 2))]
+    rng.shuffle(memory)
+    choice = decide(task.category)
+    text = write_trace(model, task, choice, rng)
+    return with_memory(task.prompt, memory) + "\nsolution\n", text[:text.index(choice)] + choice
+
+# %% ../../nbs/memcollab/06_demo.ipynb #89f0a727
 def tiny_neox(
     vocabulary:int, # tokens
-    hidden:int=80, # width
+    hidden:int=72, # width
     layers:int=3,
     heads:int=4,
-)->torch.nn.Module: # about 0.24 million parameters with the defaults
+)->torch.nn.Module: # about 0.2 million parameters with the defaults
     "A GPT-NeoX small enough to train in minutes on a CPU."
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
     config = GPTNeoXConfig(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=512,
@@ -338,9 +365,13 @@ def tiny_model(
     vocabulary:int, # tokens
 )->torch.nn.Module: # untrained
     "The architecture of an agent."
-    return tiny_llama(vocabulary, hidden=80, layers=3, heads=4) if model == "llama" else tiny_neox(vocabulary)
+    net = tiny_llama(vocabulary, hidden=72, layers=3, heads=4) if model == "llama" else tiny_neox(vocabulary)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.dim() == 2: p.mul_(4) # from a standard deviation of 0.02, made for wide networks, to 0.08
+    return net
 
-# %% ../../nbs/memcollab/06_demo.ipynb #a29c42da
+# %% ../../nbs/memcollab/06_demo.ipynb #deefb9a1
 PERIODS = (2, 3, 5, 8, 13, 24, 48, 96)
 
 @torch.no_grad()
@@ -355,7 +386,7 @@ def put_numbers_on_circles(
         angle = 2 * math.pi * n / torch.tensor(PERIODS) # [8]
         table[tok.convert_tokens_to_ids(str(n)), :2 * len(PERIODS)] = scale * torch.cat([angle.cos(), angle.sin()])
 
-# %% ../../nbs/memcollab/06_demo.ipynb #89f0a727
+# %% ../../nbs/memcollab/06_demo.ipynb #da3c3ea4
 def token_weights(
     tok, # from `demo_tokenizer`
 )->torch.Tensor: # [vocabulary]
@@ -372,7 +403,8 @@ def demo_loss(
     weights:torch.Tensor, # [vocabulary]
 )->torch.Tensor: # scalar
     "Weighted cross-entropy of the solutions."
-    rows = [(p, c + [tok.eos_token_id]) for p, c in zip(*(tok(list(side)).input_ids for side in zip(*pages)))]
+    prompts, solutions = (tok(list(side)).input_ids for side in zip(*pages))
+    rows = [(p, c + [tok.eos_token_id] * ("answer is" in text)) for p, c, (_, text) in zip(prompts, solutions, pages)] # a page that breaks off has no end
     pad = lambda x, value: torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in x], batch_first=True, padding_value=value)
     ids = pad([p + c for p, c in rows], tok.pad_token_id) # [B, T]
     labels = pad([[-100] * len(p) + c for p, c in rows], -100)[:, 1:] # [B, T-1]
@@ -380,20 +412,23 @@ def demo_loss(
     own = labels != -100 # the solution's tokens: only they go through the output layer
     return torch.nn.functional.cross_entropy(net.get_output_embeddings()(hidden[own]), labels[own], weight=weights)
 
-# %% ../../nbs/memcollab/06_demo.ipynb #deb67ad7
-def _pages(model, rng, batch, most, ahead=4):
-    "A few batches of demonstrations, each of similar lengths."
-    pages = sorted((demonstration(model, rng, most) for _ in range(batch * ahead)), key=lambda p: len(p[0]) + len(p[1]))
+# %% ../../nbs/memcollab/06_demo.ipynb #abb0fad6
+def _pages(model, rng, batch, most, traps, ahead=4):
+    "A few batches of pages, each of similar lengths."
+    pages = sorted(((trap_page if rng.random() < traps else demonstration)(model, rng, most) for _ in range(batch * ahead)), key=lambda p: len(p[0]) + len(p[1]))
     batches = [pages[i * batch:(i + 1) * batch] for i in range(ahead)]
     rng.shuffle(batches)
     return batches
 
+def _plan(progress): # share of the steps done -> (lessons in a prompt at most, share of trap pages)
+    return min(9, max(2, int(2 + 20 * (progress - 0.25)))), 0.7 if progress < 0.35 else 0.15
+
 def train_demo(
     model:str, # one of MODELS
     seed:int=0, # of weights and demonstrations
-    steps:int=1300, # optimizer steps
+    steps:int=1800, # optimizer steps
     batch:int=48, # demonstrations per step
-    lr:float=4e-3, # peak learning rate
+    lr:float=3e-3, # peak learning rate
     progress=None, # called with (step, loss)
 )->Backbone: # one agent
     "Train an agent from scratch by imitation."
@@ -405,7 +440,7 @@ def train_demo(
     opt = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        if not queue: queue = _pages(model, rng, batch, min(9, 2 + int(8 * step / (0.3 * steps))))
+        if not queue: queue = _pages(model, rng, batch, *_plan(step / steps))
         loss = demo_loss(net, tok, queue.pop(), weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -413,7 +448,7 @@ def train_demo(
         if progress and step % 100 == 0: progress(step, loss.item())
     return Backbone(net.eval(), tok, (), f"{model}{seed}")
 
-# %% ../../nbs/memcollab/06_demo.ipynb #7dd8bd8f
+# %% ../../nbs/memcollab/06_demo.ipynb #10c71e07
 def save_demo(
     backbone:Backbone, # from `train_demo`
     folder:str|Path, # directory to write
@@ -426,7 +461,7 @@ def save_demo(
 def train_all(
     folder:str|Path, # one subdirectory for each agent and seed
     seeds=(0, 1, 2),
-    steps:int=1300, # for each
+    steps:int=1800, # for each
 ):
     "Train and save all agents, one after the other."
     for seed in seeds:
@@ -435,7 +470,7 @@ def train_all(
             backbone = train_demo(model, seed, steps, progress=lambda s, l: print(f"{model}{seed} step {s:5d} loss {l:.3f} {time.monotonic() - start:4.0f} s", flush=True))
             save_demo(backbone, Path(folder) / f"{model}{seed}")
 
-# %% ../../nbs/memcollab/06_demo.ipynb #dcd1e7d2
+# %% ../../nbs/memcollab/06_demo.ipynb #c32a4a58
 def load_demo(
     seed:int=0, # 0, 1 or 2 come with the package
     folder:str|Path|None=None, # from `train_all`; None takes the package's own
@@ -457,7 +492,7 @@ def demo_solvers(
     "The two agents, ready for `solve`."
     return tuple(Solver(m, LocalChat(b, batch_size, name=b.name.rsplit("/", 1)[-1]), "plain", max_tokens=80, temperature=temperature) for m, b in zip(MODELS, load_demo(seed, folder)))
 
-# %% ../../nbs/memcollab/06_demo.ipynb #13784a25
+# %% ../../nbs/memcollab/06_demo.ipynb #cdf611a8
 def ask(
     backbone:Backbone, # an agent
     tasks:list, # N Tasks
@@ -488,7 +523,7 @@ def conditions(
             "own right": lambda t: seen(model, t.category, True), "own wrong": lambda t: seen(model, t.category, False), "own elsewhere": lambda t: seen(model, elsewhere(t), True),
             "other's right": lambda t: seen(other, t.category, True), "other's wrong": lambda t: seen(other, t.category, False), "other's elsewhere": lambda t: seen(other, elsewhere(t), True)}
 
-# %% ../../nbs/memcollab/06_demo.ipynb #f38b459f
+# %% ../../nbs/memcollab/06_demo.ipynb #4cd2e475
 @dataclass(frozen=True)
 class Probe:
     "One agent under one condition."
