@@ -73,10 +73,17 @@ def test_build_solve_eval_show(place, server, capsys):
 
     new = write(place.dir / "new.jsonl", pears(5, start=20))
     agent = ["--bank", place.bank, "--agent", f"plain:{place.spec}", *place.fast]
-    assert main(["eval", *agent, "--tasks", new, "--arms", "vanilla,memcollab,no_category,wrong_category,vanilla_plain"]) == 0
-    rows = {l.split()[0]: l for l in capsys.readouterr().out.splitlines() if l[:1].isalpha()}
-    assert "0/5" in rows["vanilla"] and "5/5" in rows["memcollab"] and "+100.0 [+100.0, +100.0]" in rows["memcollab"] and "5/5" in rows["no_category"]
-    assert "0/5" in rows["wrong_category"] and "+0.0 [+0.0, +0.0]" in rows["wrong_category"] and "0/5" in rows["vanilla_plain"]
+    arms = ["vanilla", "memcollab", "no_category", "wrong_category", "placebo", "bm25", "embedding", "prompting", "vanilla_plain"]
+    assert main(["eval", *agent, "--tasks", new, "--arms", ",".join(arms), "--report", str(place.dir / "eval.json")]) == 0
+    out = capsys.readouterr().out
+    rows = {l.split()[0]: l for l in out.splitlines() if re.match(r"\w+  +\d\.", l)}
+    for arm in ("memcollab", "no_category", "bm25", "embedding", "prompting"): assert re.search(r"1\.000  \+1\.000 \[\+1\.000, \+1\.000\] +5/0", rows[arm]), arm
+    for arm in ("wrong_category", "placebo"): assert "0.000  +0.000 [+0.000, +0.000]" in rows[arm]
+    assert "vanilla_plain: left out" in out and "placebo: as many" in out.replace("irrelevant constraints, ", "") or "placebo: " in out
+    assert len(json.loads((place.dir / "eval.json").read_text())["outcomes"]) == 8 * 5
+    n = len(server.log)
+    assert main(["eval", *agent, "--tasks", new, "--arms", "vanilla,memcollab"]) == 0 and len(server.log) == n # all of it is on the disk
+    capsys.readouterr()
 
     assert main(["solve", *agent, "--tasks", new]) == 0
     out = capsys.readouterr().out
@@ -95,10 +102,11 @@ def test_build_solve_eval_show(place, server, capsys):
 
 def test_training_tasks_never_see_their_own_lesson(place, capsys):
     main(place.build); capsys.readouterr()
-    assert main(["eval", "--bank", place.bank, "--agent", f"plain:{place.spec}", "--tasks", place.tasks, *place.fast]) == 0
+    command = ["eval", "--bank", place.bank, "--agent", f"plain:{place.spec}", "--tasks", place.tasks, *place.fast, "--arms", "vanilla,memcollab"]
+    fails(capsys, command, "6 of 6 evaluation tasks are among those that the memory was made from", "leave_one_out")
+    assert main([*command, "--leave-one-out"]) == 0
     out = capsys.readouterr().out
-    assert "6 of 6 tasks were used to build the bank" in out and "6 went on without memory: no entries but those that are left out" in out
-    assert re.search(r"memcollab +0/6", out)
+    assert "6 went on without memory: no entries but those that are left out" in out and re.search(r"memcollab +0\.000", out)
 
 
 def test_build_again_asks_nothing_and_changes_nothing(place, server, capsys):
@@ -262,6 +270,14 @@ def test_rate_limit(place, server, monkeypatch):
     assert len(times) == 18 and max(sum(t <= u < t + 0.6 for u in times) for t in times) <= 6 # both solvers together
 
 
+def test_seeds(place, server, capsys):
+    main(place.build)
+    new = write(place.dir / "new.jsonl", pears(2, start=20))
+    n = len(server.log)
+    assert main(["eval", "--bank", place.bank, "--agent", f"plain:{place.spec}", *place.fast, "--tasks", new, "--arms", "vanilla,memcollab", "--seeds", "3", "--temperature", "0.7"]) == 0
+    assert "2 tasks, 3 seeds" in capsys.readouterr().out and len({b["seed"] for *_, b in server.log[n:]}) == 6 and len(server.log) == n + 12
+
+
 def test_agents_run_code(place, server):
     server.answer = lambda prompt: answer(prompt) if "preferred" in prompt else ("FINAL ANSWER: \\boxed{%s}" % prompt.split()[1] if prompt.startswith("Output") else
         "```python\nprint(%s + 2)\n```" % re.search(r"with (\d+)", prompt)[1])
@@ -350,6 +366,8 @@ def test_retrieval_out_of_range(place, capsys, server):
         fails(capsys, ["eval", *agent, flag, "three"], "three")
     fails(capsys, ["eval", *agent, "--arms", "vanilla,magic"], "magic", "memcollab")
     fails(capsys, ["eval", *agent, "--arms", "vanilla"], "a comparison needs two")
+    fails(capsys, ["eval", *agent, "--seeds", "3"], "--seeds 3", "--temperature")
+    fails(capsys, ["eval", *agent, "--seeds", "0"], "--seeds 0")
     fails(capsys, ["solve", "--bank", place.bank, "--agent", place.spec], "give either --prompt")
     fails(capsys, ["solve", *agent, "--prompt", "x"], "give either --prompt")
     fails(capsys, ["solve", *agent[:4], "--prompt", " "], "the prompt is empty")
@@ -380,23 +398,6 @@ def test_ctrl_c(place, server, capsys):
 def test_our_own_mistakes_are_shown_in_full(place, monkeypatch):
     monkeypatch.setattr(cli, "report_attempts", lambda *a: int("x"))
     with pytest.raises(ValueError, match="invalid literal"): main(place.build)
-
-
-def test_samples_of_a_task_count_as_one_task():
-    from comam_nb.memcollab.sandbox import Verdict
-    from comam_nb.memcollab.trajectories import Trajectory
-    t = lambda task, sample, right: Trajectory(task, task, "s", "m", sample, verdict=Verdict(right), turns=1)
-    arms = {"vanilla": [t("a", 0, False), t("a", 1, True), t("b", 0, False), t("b", 1, False)], "memcollab": [t("a", 0, True), t("a", 1, True), t("b", 0, False), t("b", 1, False)]}
-    row = cli.arms_table(arms)[2]
-    assert row[1:3] == ("2/4", "50.0") and row[-1] == "+25.0 [+0.0, +50.0]"
-    from scipy.stats import bootstrap # another library's interval of a difference of 40 tasks
-    import numpy as np
-    rng = np.random.default_rng(0)
-    a, v = rng.random(40) < 0.7, rng.random(40) < 0.4
-    table = cli.arms_table({"vanilla": [t(str(i), 0, bool(x)) for i, x in enumerate(v)], "memcollab": [t(str(i), 0, bool(x)) for i, x in enumerate(a)]})
-    mean, low, high = map(float, re.findall(r"[+-][\d.]+", table[2][-1]))
-    ref = bootstrap((100.0 * (a.astype(float) - v),), np.mean, method="percentile", n_resamples=9999, random_state=0).confidence_interval
-    assert abs(low - ref.low) < 3 and abs(high - ref.high) < 3 and abs(mean - 100 * (a.mean() - v.mean())) < 0.06
 
 
 def test_demo_is_handed_its_arguments(tmp_path, monkeypatch, capsys):

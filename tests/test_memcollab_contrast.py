@@ -372,3 +372,9 @@ def test_results_go_to_json_and_back():
     for html_text in (PAIR._repr_html_(), made._repr_html_(), pair(done, tasks)._repr_html_()): assert "<script" not in html_text
     evil = replace(PAIR, wrong=attempt(TASK, "<script>", "<script>alert(1)</script>", False))
     assert "<script" not in evil._repr_html_()
+
+
+def test_a_lesson_about_a_reply_is_no_instruction():
+    from comam_nb.memcollab.contrast import check_instruction
+    assert check_instruction(Constraint("an equation is solved", "a check before ending the reply with a number", "stopping early")) == ""
+    assert check_instruction(Constraint("an equation is solved", "reply with seven", "stopping early"))

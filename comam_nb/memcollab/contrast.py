@@ -308,7 +308,7 @@ INSTRUCTIONS = tuple(re.compile(p, re.I) for p in (
     r"(?:^|[\s;])(?:system|user|assistant|human|ai)\s*:", r"\b(?:jailbreak|dan mode|do anything now|api[ -]?keys?|passwords?|credentials?|secret key|access token)\b",
     r"\b(?:reveal|leak|exfiltrat|upload|download|e-?mail|post)\w*\b.{0,30}\b(?:data|key|keys|file|files|prompt|memory|user|users|conversation)\b",
     r"\b(?:always|only|just|simply|must)\s+(?:answer|answering|reply|replying|respond|responding|say|saying|output|outputting|write|writing|print|printing|return|returning)\b",
-    r"\b(?:answer|answering|reply|replying|respond|responding|output|outputting|say|saying)\s+(?:with|only|always|exactly|the word)\b", r"\bfinal answer\s+(?:is|to|as|of)\b",
+    r"(?<!the )(?<!its )(?<!final )\b(?:answer|answering|reply|replying|respond|responding|output|outputting|say|saying)\s+(?:with|only|always|exactly|the word)\b", r"\bfinal answer\s+(?:is|to|as|of)\b",
     r"\b(?:run|execute|call|invoke)\w*\s+(?:the\s+)?(?:following|command|shell|tool|script|program)s?\b",
     r"\b(?:trust|verified|approved|endorsed|written|signed)\s+(?:by|from)\b", r"\bdo not (?:tell|mention|reveal|follow|obey|check|verify|solve|answer)\b"))
 

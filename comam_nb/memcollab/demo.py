@@ -7,11 +7,12 @@ __all__ = ['TOPICS', 'INVARIANTS', 'CHOICES', 'OPERATIONS', 'SCENES', 'MODELS', 
            'Invariant', 'values_in', 'steps', 'draw_task', 'is_held_out', 'make_tasks', 'Style', 'write_trace', 'habit',
            'Procedure', 'procedure', 'stock_phrases', 'lesson', 'example', 'demo_tokenizer', 'demonstration',
            'trap_page', 'tiny_neox', 'tiny_model', 'put_numbers_on_circles', 'token_weights', 'demo_loss', 'train_demo',
-           'save_demo', 'train_all', 'load_demo', 'demo_solvers', 'ask', 'conditions', 'Probe', 'probe']
+           'save_demo', 'train_all', 'load_demo', 'demo_solvers', 'ask', 'conditions', 'Probe', 'probe',
+           'idle_sentence', 'memory_texts', 'DemoReport', 'run_demo']
 
 # %% ../../nbs/memcollab/06_demo.ipynb #c82071d8
 import math, random, re, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -431,7 +432,8 @@ def train_demo(
     lr:float=3e-3, # peak learning rate
     progress=None, # called with (step, loss)
 )->Backbone: # one agent
-    "Train an agent from scratch by imitation."
+    "Train an agent from scratch by imitation. Raises `ValueError` for less than 20 steps."
+    if steps < 20: raise ValueError(f"steps is {steps!r}: the schedule needs at least 20")
     torch.manual_seed(seed)
     rng, tok, queue = random.Random(f"school {model} {seed}"), demo_tokenizer(), []
     weights = token_weights(tok)
@@ -552,3 +554,85 @@ def probe(
         out.append(Probe(name, mean(ok), mean([p.right for p in did]), mean([p.exact for p in did if p.choice]), mean([len(x.splitlines()) for x in texts]),
                          mean([len(backbone.tokenizer(x).input_ids) for x in texts]), {c: mean([o for o, t in zip(ok, tasks) if t.category == c]) for c in INVARIANTS}))
     return out
+
+# %% ../../nbs/memcollab/06_demo.ipynb #4376c17b
+def idle_sentence(
+    text:str, # a constraint
+    rng:random.Random,
+)->str: # with as many tokens
+    "A placebo in the agents' own vocabulary: topics, as many as the constraint has tokens."
+    return f"When {'; '.join(rng.choice(TOPICS) for _ in demo_tokenizer()(text).input_ids)}."
+
+# %% ../../nbs/memcollab/06_demo.ipynb #8d0182c2
+def memory_texts(
+    training, # comam_nb.memcollab.transfer.Training of one seed
+    kind:str, # "raw", "self-contrast", "memcollab" or "memcollab, one way"
+    batches:int=4, # the training tasks are split into so many, each distilled on its own
+)->list: # of `Written`
+    "Memory texts with their authors, for `bias_probe`."
+    from comam_nb.memcollab.contrast import pair
+    from comam_nb.memcollab.transfer import Written
+    names = list(training.attempts)
+    if kind == "raw":
+        known = {t.hash: t for t in training.tasks}
+        return [Written(example(known[a.task_hash], a.text), n, a.task_hash, known[a.task_hash].category) for n in names for a in training.attempts[n]]
+    batch = {t.hash: f"seed {training.seed} batch {i % batches}" for i, t in enumerate(training.tasks)}
+    if kind == "self-contrast": found = {n: pair(training.twice.get(n, []), training.tasks, "verified", within=True) for n in names} # nothing without that arm
+    else:
+        crossed = pair([t for n in names for t in training.attempts[n]], training.tasks, "verified", order=names)
+        found = {n: [p for p in crossed if p.right.solver == n] for n in names}
+    out = []
+    for name in names:
+        for b in sorted(set(batch.values())):
+            for c in INVARIANTS:
+                own = [p for p in found[name] if p.task.category == c and batch[p.task.hash] == b]
+                rest = [p for p in crossed if p.task.category != c and batch[p.task.hash] == b] if kind == "memcollab" else []
+                if own: out += [Written(str(x), name, b, c) for x in training.distiller(own + rest).constraints if x.category == c]
+    return out
+
+# %% ../../nbs/memcollab/06_demo.ipynb #c467676e
+@dataclass
+class DemoReport:
+    "What `run_demo` found."
+    results:object # comam_nb.memcollab.transfer.Results over all seeds
+    probes:list # of BiasProbe
+    styled:dict # kind of memory -> share of its texts in which a phrase of somebody's handwriting stands
+    true:float # share of the bank's sentences that are true lessons
+    seconds:float
+    def __repr__(self):
+        marked = "\n".join(f"  {k:20}{v:.2f}" for k, v in self.styled.items())
+        return f"{self.results!r}\n\nWho wrote it? {self.probes!r}\n\nshare of texts that hold a phrase of somebody's handwriting:\n{marked}\ntrue lessons among the bank's sentences: {self.true:.2f}\n{self.seconds:.0f} s"
+
+# %% ../../nbs/memcollab/06_demo.ipynb #ec39f305
+def run_demo(
+    seeds=(0, 1, 2), # each brings its own agents and tasks
+    out:str|Path|None=None, # directory for trajectories and report; None keeps nothing
+    train:int=640, # training tasks per seed
+    test:int=192, # held-out tasks per seed
+    arms=None, # names of arms; None takes all that mean something here
+    folder:str|Path|None=None, # weights, see `load_demo`
+)->DemoReport:
+    "The experiment of MemCollab on the demo's agents: every arm, both agents, all seeds."
+    from comam_nb.memcollab.contrast import OfflineDistiller
+    from comam_nb.memcollab.transfer import ARMS, Probes, bias_probe, run_arms
+    start, results = time.monotonic(), None
+    arms = arms or [a for a in ARMS if a != "vanilla_plain"] # these agents have no scaffold that could be left out
+    for seed in seeds:
+        done = run_arms(make_tasks(train, seed), make_tasks(test, seed, held_out=True), list(demo_solvers(seed, folder)), arms, path=Path(out) / f"seed{seed}" if out else None,
+                        distiller=OfflineDistiller(K=1, steps=stock_phrases), seed=seed, running=dict(progress=False),
+                        show=lambda task, t: example(task, t.text), placebo=idle_sentence, raw="all", every=16)
+        results = done if results is None else results + done
+        print(f"seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
+    lines = {(s, arm, t.solver, t.task_hash): len(t.text.splitlines()) for (s, arm), ts in results.trajectories.items() for t in ts}
+    results.outcomes = [replace(o, turns=lines[o.seed, o.arm, o.solver, o.hash]) for o in results.outcomes] # an agent that answers at once reasons in lines
+    kinds = {k: [w for t in results.training.values() for w in memory_texts(t, k)] for k in ("raw", "self-contrast", "memcollab, one way", "memcollab")}
+    manners = {p for s in STYLES.values() for p in s.phrases}
+    styled = {k: sum(any(p in w.text for p in manners) for w in ws) / max(1, len(ws)) for k, ws in kinds.items()}
+    bank = [c for t in results.training.values() for c in t.bank.entries()]
+    true = sum((c.enforce, c.avoid) == (INVARIANTS[c.category].enforce, INVARIANTS[c.category].avoid) for c in bank) / max(1, len(bank))
+    probes = Probes(bias_probe(ws, k) for k, ws in kinds.items() if len({w.author for w in ws}) == 2)
+    report = DemoReport(results, probes, styled, true, time.monotonic() - start)
+    if out:
+        results.save(Path(out) / "results.json")
+        (Path(out) / "report.txt").write_text(f"{report!r}\n", encoding="utf-8")
+    return report

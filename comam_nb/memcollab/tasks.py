@@ -423,6 +423,8 @@ def extract_code(
     "The last Python block that defines one of `names`, else the last block, else the whole text."
     blocks = [(lang.lower(), code) for lang, code in FENCE.findall(text) if lang.lower() in ("python", "py", "python3", "")]
     marked = [c for lang, c in blocks if lang] or [c for _, c in blocks]
+    head = text.split("```")[0] # where a reply begins with code and only closes the fence
+    if defines(head, names) and not any(defines(c, names) for c in marked): return head
     return next((c for c in marked[::-1] if defines(c, names)), marked[-1] if marked else text)
 
 # %% ../../nbs/memcollab/01_tasks.ipynb #c38dd640

@@ -322,7 +322,7 @@ def append_line(
     path, # for messages
 )->None:
     "Append one JSON line and force it to the disk; all of it or nothing. Raises `MemCollabError`."
-    size, rest = os.fstat(fd).st_size, memoryview(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    size, rest = os.fstat(fd).st_size, memoryview(json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n") # a lone surrogate becomes "?"
     try:
         while rest: rest = rest[os.write(fd, rest):]
         os.fsync(fd)
