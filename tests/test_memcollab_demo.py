@@ -163,3 +163,21 @@ def test_solvers_are_reproducible_and_write_their_own_hand():
 def test_training_is_reproducible():
     a, b = (train_demo("llama", 5, steps=20, batch=2) for _ in range(2))
     assert all((x == y).all() for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+
+
+def test_the_experiment_runs_and_goes_on_where_it_was(tmp_path):
+    from comam_nb.memcollab.demo import run_demo
+    small = dict(seeds=(0,), out=tmp_path / "run", train=64, test=16, arms=["vanilla", "memcollab", "placebo"])
+    first, again = run_demo(**small), run_demo(**small)
+    assert first.results.arms == ["vanilla", "memcollab", "placebo"] and first.results.solvers == ["llama", "neox"]
+    assert [(o.arm, o.solver, o.hash, o.right) for o in first.results.outcomes] == [(o.arm, o.solver, o.hash, o.right) for o in again.results.outcomes]
+    assert all(o.turns >= 1 for o in first.results.outcomes) and 0 <= first.true <= 1
+    assert set(first.styled) >= {"raw", "memcollab"} and first.styled["raw"] == 1
+    assert (tmp_path / "run" / "report.txt").read_text().startswith("llama: 16 tasks")
+
+
+def test_a_seed_without_agents_is_refused(tmp_path):
+    from comam_nb.backbone import BackboneError
+    from comam_nb.memcollab.demo import run_demo
+    with pytest.raises(BackboneError, match="no demo agents of seed 7"): run_demo(seeds=(0, 7), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

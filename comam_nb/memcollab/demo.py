@@ -616,9 +616,10 @@ def run_demo(
     from comam_nb.memcollab.contrast import OfflineDistiller
     from comam_nb.memcollab.transfer import ARMS, Probes, bias_probe, run_arms
     start, results = time.monotonic(), None
+    agents = {seed: list(demo_solvers(seed, folder)) for seed in seeds} # fails here, before anything is written
     arms = arms or [a for a in ARMS if a != "vanilla_plain"] # these agents have no scaffold that could be left out
     for seed in seeds:
-        done = run_arms(make_tasks(train, seed), make_tasks(test, seed, held_out=True), list(demo_solvers(seed, folder)), arms, path=Path(out) / f"seed{seed}" if out else None,
+        done = run_arms(make_tasks(train, seed), make_tasks(test, seed, held_out=True), agents[seed], arms, path=Path(out) / f"seed{seed}" if out else None,
                         distiller=OfflineDistiller(K=1, steps=stock_phrases), seed=seed, running=dict(progress=False),
                         show=lambda task, t: example(task, t.text), placebo=idle_sentence, raw="all", every=16)
         results = done if results is None else results + done
