@@ -66,7 +66,7 @@ def test_all_equal_groups_have_no_nan(group, value):
         close(credit_weights(local, glob, rescale=rescale), torch.full((len(local),), 1/len(local), dtype=torch.float64))
     for scheme in SCHEMES:
         c = assign(local*0, glob, scheme)
-        assert c.rewards.isfinite().all() and (group_advantages(c.rewards) == 0).all()
+        assert c.rewards.isfinite().all() and group_advantages(c.rewards).abs().max() < 1e-9 # the mean of equal numbers may round
 
 
 def test_rounding_is_not_a_ranking():
