@@ -50,7 +50,8 @@ def parse_notes(
     for line in filter(None, map(str.strip, text.splitlines())):
         numbers = [int(n) for group in CITE.findall(line) for n in re.findall(r"\d{1,9}", group)]
         cites = sorted({turn for n in numbers for turn in handles.get(n, ())})
-        body = re.sub(r"^(?:[-*•]|\d+[.)])\s+", "", " ".join(CITE.sub(" ", line).split())) # bullets and list numbers are no part of it
+        body = re.sub(r"\[[\d,\s]*$", "", CITE.sub(" ", line)) # a citation that was cut off is no statement
+        body = re.sub(r"^(?:[-*•]|\d+[.)])\s+", "", " ".join(body.split())) # bullets and list numbers are no part of it
         empty = not re.search(r"\w", body) or (body.endswith(":") and not numbers)
         malformed += empty or not cites or body in seen or len(notes) >= budget
         if empty or body in seen or len(notes) >= budget: continue
