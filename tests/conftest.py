@@ -1,5 +1,5 @@
 "Offline and on the CPU: what every test may count on. Tests that need files which are not on every machine skip, and say which."
-import os
+import os, signal
 os.environ.setdefault("HF_HUB_OFFLINE", "1") # before anything imports huggingface_hub
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler) # a job in the background starts with Ctrl-C ignored; some tests press it
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1))) # tiny models gain nothing from more, and wait for each other where cores are busy
 
