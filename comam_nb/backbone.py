@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'pick_dtype', 'BackboneError', 'Backbone', 'prompt_ids', 'use_adapter', 'add_adapters', 'load_backbone',
-           'without_adapters', 'choice_probs', 'OpenAIChat']
+           'without_adapters', 'merged_adapter', 'choice_probs', 'OpenAIChat']
 
 # %% ../nbs/01_backbone.ipynb #71f8f737
 import os, time, warnings
@@ -179,7 +179,25 @@ def without_adapters(
     finally:
         for p in trainable: p.requires_grad_(True)
 
-# %% ../nbs/01_backbone.ipynb #f653fcaf
+# %% ../nbs/01_backbone.ipynb #4ce85045
+@contextmanager
+def merged_adapter(
+    model:torch.nn.Module, # a PeftModel with LoRA adapters; any other model is left alone
+):
+    "Fold the active adapter into the base for a while; costs a copy of the adapted weights. For reading only: nothing can be trained meanwhile."
+    if not hasattr(model, "peft_config"): yield; return
+    name = model.active_adapter
+    layers = [m for m in model.modules() if name in getattr(m, "lora_A", ())]
+    kept = [l.base_layer.weight.detach().clone() for l in layers]
+    try:
+        with torch.no_grad():
+            for l in layers: l.base_layer.weight.add_(l.get_delta_weight(name))
+        with without_adapters(model): yield
+    finally:
+        with torch.no_grad():
+            for l, w in zip(layers, kept): l.base_layer.weight.copy_(w)
+
+# %% ../nbs/01_backbone.ipynb #afbcb926
 @torch.no_grad()
 def choice_probs(
     backbone:Backbone, # the judge; its adapters are switched off
@@ -199,7 +217,7 @@ def choice_probs(
             rows.append(torch.stack(scores).softmax(0))
     return torch.stack(rows).cpu()
 
-# %% ../nbs/01_backbone.ipynb #2225c707
+# %% ../nbs/01_backbone.ipynb #36736295
 class OpenAIChat:
     "A chat model behind an OpenAI-compatible server: acts, cannot be trained."
     def __init__(self,

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'grpo_loss', 'make_agents', 'SeparatePolicies', 'trained_model', 'step_rows', 'CoMAMConfig',
-           'integrated_reward', 'RolloutTrainer', 'CoMAMTrainer', 'save_agents', 'load_agents', 'diagnose']
+           'integrated_reward', 'RolloutTrainer', 'CoMAMTrainer', 'save_agents', 'load_agents', 'PrioritySampler',
+           'diagnose']
 
 # %% ../nbs/08_training.ipynb #2eb8a073
 import json, os, random, time
@@ -21,6 +22,7 @@ from .agents import ExtractionAgent, ProfileAgent, RetrievalAgent
 from .backbone import Backbone, BackboneError, add_adapters, use_adapter
 from .credit import CreditError, assign, group_advantages
 from .mdp import AGENTS, rollout
+from .sampling import _pack, can_share, shared_logprobs
 
 # %% ../nbs/08_training.ipynb #ea2e3f32
 def grpo_loss(
@@ -80,13 +82,13 @@ class SeparatePolicies(PreTrainedModel):
 def trained_model(
     agents:dict, # name -> Agent
 )->torch.nn.Module: # what TRL gets to train
-    "The one model, or the container, behind three agents. Raises `BackboneError` if they cannot be trained together."
+    "The one model, or the container, behind the agents. Raises `BackboneError` if they cannot be trained together."
     policies = {n: a.policy for n, a in agents.items()}
     bad = [n for n, p in policies.items() if not isinstance(p, Backbone)]
     if bad: raise BackboneError(f"the {bad[0]} agent has no local model: only a `Backbone` can be trained, a chat endpoint cannot")
     distinct = {id(p.model): p.model for p in policies.values()}
     if len(distinct) == 1: return next(iter(distinct.values()))
-    if len(distinct) == 3: return SeparatePolicies({n: p.model for n, p in policies.items()})
+    if len(distinct) == len(policies): return SeparatePolicies({n: p.model for n, p in policies.items()})
     raise BackboneError("two agents share a model and the third does not: share one, or give each its own")
 
 # %% ../nbs/08_training.ipynb #beae50a2
@@ -96,13 +98,14 @@ def step_rows(
     per_step:int, # episodes per step, E
     processes:int=1, # processes that share a step
     seed:int=0, # of the episodes' order
+    agents:tuple=AGENTS, # those that are trained
 )->list: # rows {"prompt": label}, per step: for each process, for each agent, for each of its episodes
     "The order in which episodes are trained on. Every episode is seen once before any is seen again."
     rng, queue, rows, block = random.Random(seed), [], [], per_step // processes
     for _ in range(steps * processes):
         while len(queue) < block: queue += rng.sample(range(n_episodes), n_episodes)
         mine, queue = queue[:block], queue[block:]
-        rows += [{"prompt": json.dumps({"agent": a, "episode": e})} for a in AGENTS for e in mine]
+        rows += [{"prompt": json.dumps({"agent": a, "episode": e})} for a in agents for e in mine]
     return rows
 
 # %% ../nbs/08_training.ipynb #13cdbec3
@@ -110,6 +113,8 @@ def step_rows(
 class CoMAMConfig(GRPOConfig):
     "Settings of a joint training run; extends `trl.GRPOConfig`."
     episodes_per_step:int = field(default=4, metadata={"help": "E, episodes rolled out per step, over all processes"})
+    trained_agents:list = field(default_factory=lambda: list(AGENTS), metadata={"help": "the others act, but are not updated"})
+    shared_prefix:bool = field(default=True, metadata={"help": "compute a prompt once for all completions that follow it"})
     micro_batches_per_agent:int = field(default=1, metadata={"help": "split an agent's E x G rows into this many passes, to save memory"})
     credit:str = field(default="adaptive", metadata={"help": "credit scheme: adaptive, equal, local, global"})
     credit_temperature:float = field(default=1.0, metadata={"help": "softmax temperature of the adaptive weights; 1 is Eq. 14"})
@@ -128,12 +133,13 @@ class CoMAMConfig(GRPOConfig):
         from accelerate import PartialState
         world = PartialState(cpu=self.use_cpu).num_processes
         assign(torch.zeros(1, 3, 2), torch.zeros(1, 2), self.credit, self.credit_temperature, self.credit_rescale, self.credit_rule) # raises for unknown names
+        if not self.trained_agents or [a for a in AGENTS if a in self.trained_agents] != list(self.trained_agents): raise CreditError(f"trained_agents is {self.trained_agents}: name one or more of {', '.join(AGENTS)}, in this order")
         if self.num_generations < 2: raise CreditError("group size 1: GRPO and the credit compare the rollouts of a group; take num_generations of at least 2")
         share, rest = divmod(self.episodes_per_step, world)
         if rest or not share: raise CreditError(f"{self.episodes_per_step} episodes per step do not divide over {world} processes: take a multiple of {world}")
         rows, rest = divmod(share * self.num_generations, self.micro_batches_per_agent)
         if rest: raise CreditError(f"{share * self.num_generations} rows per agent do not divide into {self.micro_batches_per_agent} micro-batches")
-        self.per_device_train_batch_size, self.gradient_accumulation_steps = rows, len(AGENTS) * self.micro_batches_per_agent
+        self.per_device_train_batch_size, self.gradient_accumulation_steps = rows, len(self.trained_agents) * self.micro_batches_per_agent
         if self.bf16 is None: self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
 
@@ -161,18 +167,20 @@ class RolloutTrainer(GRPOTrainer):
         rewards, # groups [E][G] of Trajectory -> (local [E, 3, G], r_ans [E, G]); see `comam_nb.rewards`
         args:CoMAMConfig, # settings; `max_steps` must be set
         credit=None, # a callable (local [3, G], r_ans [G]) -> weights [3]; None takes args.credit
+        sampler=None, # a `PrioritySampler`; None goes through the episodes in random order
         intervene=None, # see `MemoryMDP`
         callbacks:list|None=None, # of transformers.TrainerCallback
     ):
         if not episodes: raise CreditError("no episodes to train on")
         if args.max_steps < 1: raise CreditError("set max_steps: the number of joint steps")
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-        self.agents, self.episodes, self.rewards, self.intervene = agents, list(episodes), rewards, intervene
+        self.agents, self.episodes, self.rewards, self.intervene, self.sampler = agents, list(episodes), rewards, intervene, sampler
+        self.trained = tuple(args.trained_agents)
         self.scheme, self.last_groups, self._agent = credit or args.credit, None, None
         assign(torch.zeros(1, 3, 2), torch.zeros(1, 2), self.scheme) # a scheme that cannot work fails now, not in step 1
-        rows = step_rows(len(self.episodes), args.max_steps, args.episodes_per_step, args.world_size, args.seed)
-        tokenizer = next(iter(agents.values())).policy.tokenizer
-        model = trained_model(agents)
+        rows = step_rows(len(self.episodes), args.max_steps, args.episodes_per_step, args.world_size, args.seed, self.trained)
+        model = trained_model({n: agents[n] for n in self.trained})
+        tokenizer = agents[self.trained[0]].policy.tokenizer
         trainable = [p for p in model.parameters() if p.requires_grad]
         super().__init__(model=model, reward_funcs=integrated_reward, args=args, train_dataset=Dataset.from_list(rows),
                          processing_class=tokenizer, rollout_func=self._rollout, callbacks=callbacks)
@@ -181,15 +189,18 @@ class RolloutTrainer(GRPOTrainer):
 
     def _rollout(self, labels, trainer):
         a, G = self.args, self.num_generations
-        E = len(labels) // (len(AGENTS) * G)
-        chosen = [self.episodes[json.loads(x)["episode"]] for x in labels[:E * G:G]]
+        E = len(labels) // (len(self.trained) * G)
+        numbers = self.sampler.choose(E) if self.sampler else [json.loads(x)["episode"] for x in labels[:E * G:G]]
+        chosen = [self.episodes[n] for n in numbers]
         groups = rollout(self.agents, chosen, G, a.temperature, self.intervene, batch_size=max(a.per_device_train_batch_size, G))
         local, answers = self.rewards(groups) # [E, 3, G], [E, G]
         credit = assign(local, answers, self.scheme, a.credit_temperature, a.credit_rescale, a.credit_rule)
         self._note(groups, torch.as_tensor(local), torch.as_tensor(answers), credit)
-        acts = [t[name] for name in AGENTS for g in groups for t in g]
+        mine = [AGENTS.index(a) for a in self.trained]
+        if self.sampler: self.sampler.update(numbers, credit.rewards[:, mine].std(-1).mean(-1).tolist())
+        acts = [t[name] for name in self.trained for g in groups for t in g]
         return {"prompt_ids": [list(t.prompt_ids) for t in acts], "completion_ids": [list(t.action_ids) for t in acts], "logprobs": None,
-                "integrated": credit.rewards.transpose(0, 1).reshape(-1).tolist()} # [3, E, G] flattened, as the rows are
+                "integrated": credit.rewards[:, mine].transpose(0, 1).reshape(-1).tolist()} # [agents, E, G] flattened, as the rows are
 
     def _note(self, groups, local, answers, credit):
         "Keep what the step's line in metrics.jsonl needs."
@@ -222,18 +233,31 @@ class CoMAMTrainer(RolloutTrainer):
             batch = self._generate_and_score_completions(generation_batch)
             self._buffered_inputs = [_one_agent(batch, i * size, (i + 1) * size) for i in range(spg)]
         i = self._step % spg
-        self._route(AGENTS[i * len(AGENTS) // spg])
+        self._route(self.trained[i * len(self.trained) // spg])
         return self._buffered_inputs[i]
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs):
         score = super()._get_per_token_logps_and_entropies
-        if self._agent is not None: return score(model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs)
-        parts, n = [], input_ids.size(0) // len(AGENTS) # a whole generation batch: one agent after the other
-        for i, agent in enumerate(AGENTS):
+        if self._agent is not None:
+            packed = self._packed(model, input_ids, attention_mask, logits_to_keep)
+            return packed or score(model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs)
+        parts, n = [], input_ids.size(0) // len(self.trained) # a whole generation batch: one agent after the other
+        for i, agent in enumerate(self.trained):
             self._route(agent)
             parts.append(score(model, input_ids[i * n:(i + 1) * n], attention_mask[i * n:(i + 1) * n], logits_to_keep, batch_size, **kwargs))
         self._agent = None
         return tuple(torch.cat(p) if p[0] is not None else None for p in zip(*parts))
+
+    def _packed(self, model, input_ids, attention_mask, logits_to_keep):
+        "Log-probs and entropies with each distinct prompt computed once; None where that is not exact or saves little."
+        split = input_ids.size(1) - logits_to_keep
+        rows = [[r[m.bool()].tolist() for r, m in zip(ids, mask)] for ids, mask in ((input_ids[:, :split], attention_mask[:, :split]), (input_ids[:, split:], attention_mask[:, split:]))]
+        if not self.args.shared_prefix or not all(rows[1]): return None
+        _, packed, plain = _pack(*rows)
+        longest = max(len(p) + len(c) for p, c in zip(*rows))
+        if packed > 0.9 * plain or not can_share(self.agents[self._agent].policy.model.config, longest): return None
+        with self.accelerator.autocast(): logps, entropy = shared_logprobs(model, *rows, self.temperature)
+        return (*(torch.nn.functional.pad(x, (0, logits_to_keep - x.size(1))) for x in (logps, entropy)), None)
 
     def _load_from_checkpoint(self, checkpoint, model=None):
         trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -267,7 +291,39 @@ def load_agents(
         except RuntimeError as e: raise BackboneError(f"{path}: this adapter does not fit the model (other base, or other rank: set rank as in training)") from e
         if missed.unexpected_keys: raise BackboneError(f"{path}: this adapter was trained on another model: {missed.unexpected_keys[0]}")
 
-# %% ../nbs/08_training.ipynb #19e13e7e
+# %% ../nbs/08_training.ipynb #08567ad6
+class PrioritySampler:
+    "Chooses episodes that taught something when they were last rolled out; one per process and run."
+    def __init__(self,
+        n:int, # episodes to choose from
+        decay:float=0.9, # lambda, per step
+        power:float=1.0, # kappa; 0 chooses all alike
+        epsilon:float=0.02, # so that no episode is given up
+        seed:int=0,
+    ):
+        self.n, self.decay, self.power, self.epsilon, self.t = n, decay, power, epsilon, 0
+        self.known, self.mean, self.highest, self.rng = {}, 0.0, 1.0, random.Random(seed) # known: episode -> (priority, step)
+
+    def priority(self, e:int)->float:
+        "p_e(t) of one episode."
+        if e not in self.known: return self.highest
+        p, seen = self.known[e]
+        return self.mean + (p - self.mean) * self.decay ** (self.t - seen)
+
+    def choose(self, k:int)->list:
+        "k episode numbers, drawn without replacement. Raises `CreditError` if there are fewer."
+        if k > self.n: raise CreditError(f"{k} episodes a step, but only {self.n} to choose from")
+        weight = lambda e: (self.priority(e) + self.epsilon) ** self.power
+        return sorted(range(self.n), key=lambda e: self.rng.random() ** (1 / weight(e)), reverse=True)[:k] # Efraimidis and Spirakis 2006
+
+    def update(self, episodes:list, signals:list):
+        "What the groups of these episodes had to teach; one step is over."
+        self.t += 1
+        for e, p in zip(episodes, signals): self.known[e] = (p, self.t)
+        self.mean = sum(p for p, _ in self.known.values()) / len(self.known)
+        self.highest = max(p for p, _ in self.known.values())
+
+# %% ../nbs/08_training.ipynb #9b56d460
 def diagnose(
     metrics:list, # log lines of a run, as in metrics.jsonl
     last:int=20, # how many of the last lines to look at
