@@ -49,12 +49,14 @@ class Backbone:
     adapters:tuple=() # names of the LoRA adapters; empty if there are none
     name:str="" # where it came from
     stop:str="" # a completion ends behind this text, too
+    context:int=0 # tokens to use at most, prompt and completion together; 0 for all that the model takes
 
     @property
     def device(self)->torch.device: return next(self.model.parameters()).device
     @property
     def context_length(self)->int: # tokens, prompt and completion together
-        return int(getattr(self.model.config, "max_position_embeddings", 0) or 2048)
+        takes = int(getattr(self.model.config, "max_position_embeddings", 0) or 2048)
+        return min(self.context or takes, takes)
     @property
     def pad_id(self)->int: return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
     @property

@@ -291,11 +291,12 @@ def imitate(
     lr:float=3e-3, # peak learning rate
     seed:int=5,
     progress=None, # called with (step, loss)
+    make_model=tiny_llama, # vocabulary size -> an untrained causal LM
 )->Backbone: # one tiny model that can play all three agents
     "Train the warm start: supervised imitation of the mediocre teacher."
     torch.manual_seed(seed)
     rng, tok = random.Random(seed), world_tokenizer()
-    model = tiny_llama(len(tok))
+    model = make_model(len(tok))
     opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1)
     for step in range(steps):
