@@ -252,7 +252,7 @@ class Trace:
 
 class MemoryBank(MemorySystem):
     "MemoryBank-style (arXiv 2305.10250): facts and a summary, with a forgetting curve. Without raw dialogue, daily summaries, and days."
-    name = "memorybank"
+    name, asking_changes = "memorybank", True # what is recalled is remembered longer
     def __init__(self, agents, *,
         pace:float=0.2, # time that passes with each session
         threshold:float=0.1, # facts with less retention are forgotten
