@@ -373,23 +373,25 @@ def _run_chain(make_system, chain, run, match):
     while chain and chain[-1].id in run.done: chain = chain[:-1] # nothing to ask behind here
     if not chain: return
     system, seen, building = make_system(chain[0].user), 0, None
-    for e in chain:
-        building = building or dict(seconds=0.0, read=0, written=0, sessions=0)
-        for session in news(e.history, seen):
+    try:
+        for e in chain:
+            building = building or dict(seconds=0.0, read=0, written=0, sessions=0)
+            for session in news(e.history, seen):
+                start, before = time.perf_counter(), _spent(system.usage)
+                system.observe(session)
+                read, written, _ = map(int, _spent(system.usage) - before)
+                building = dict(seconds=round(building["seconds"] + time.perf_counter() - start, 4), read=building["read"] + read,
+                                written=building["written"] + written, sessions=building["sessions"] + 1)
+            seen = len(e.turns)
+            if e.id in run.done:
+                if getattr(system, "asking_changes", False): system.answer(e.query, e.options)
+                building = None # its costs are in the record that we have
+                continue
             start, before = time.perf_counter(), _spent(system.usage)
-            system.observe(session)
-            read, written, _ = map(int, _spent(system.usage) - before)
-            building = dict(seconds=round(building["seconds"] + time.perf_counter() - start, 4), read=building["read"] + read,
-                            written=building["written"] + written, sessions=building["sessions"] + 1)
-        seen = len(e.turns)
-        if e.id in run.done:
-            if getattr(system, "asking_changes", False): system.answer(e.query, e.options)
-            building = None # its costs are in the record that we have
-            continue
-        start, before = time.perf_counter(), _spent(system.usage)
-        answer = system.answer(e.query, e.options)
-        run.add(_record(system, e, answer, _spent(system.usage) - before, time.perf_counter() - start, building, match))
-        building = None
+            answer = system.answer(e.query, e.options)
+            run.add(_record(system, e, answer, _spent(system.usage) - before, time.perf_counter() - start, building, match))
+            building = None
+    finally: getattr(system, "close", lambda: None)() # mem0 has a server to stop
 
 # %% ../nbs/15_bench.ipynb #9efeb57c
 def run_system(

@@ -314,6 +314,9 @@ def systems_for(args)->tuple: # name -> callable(user), and the agents
     if args.adapters: load_agents(agents, args.adapters)
     for s in args.system:
         kind, team, name = classes.get(s), agents, s
+        if s == "memory-r1" and args.data == "microworld": # the tiny policies must be taught its operations first
+            from comam_nb.memory_r1 import memory_r1_agents
+            team = memory_r1_agents()
         if kind is None: # a directory of weights
             kind, team, path = classes["comam"], _team(args), Path(s).resolve()
             name = "comam-" + (path.parent if path.name == "weights" else path).name
@@ -411,7 +414,7 @@ def _train_parser(sub):
 def _bench_parsers(sub):
     e = sub.add_parser("eval", help="compare memory systems, beside baselines without memory")
     e.set_defaults(run=evaluate_command)
-    e.add_argument("--system", nargs="+", required=True, help="base, rag, memorybank, amem, cam, mem1, memory_r1, mem0, comam, or a weights directory of `comam train`; several are compared in pairs")
+    e.add_argument("--system", nargs="+", required=True, help="base, rag, memorybank, amem, cam, mem1, memory-r1, mem0, comam, or a weights directory of `comam train`; several are compared in pairs")
     e.add_argument("--data", default="microworld", help=f"one of {', '.join(DATA_KINDS)}")
     e.add_argument("--backbone", help="model directory, .gguf file or hub id, for --data other than microworld")
     e.add_argument("--adapters", help="weights directory of a training run, for all named systems")
