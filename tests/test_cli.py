@@ -135,3 +135,34 @@ def test_a_history_longer_than_the_context_is_split_and_nothing_is_lost(tmp_path
 def test_help_needs_no_torch():
     code = "import sys; from comam_nb.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+def test_eval_compares_systems_and_goes_on_where_it_was(tmp_path, capsys):
+    "A named system, one with trained weights, and the rows without memory; the second call asks nothing again."
+    out, argv = tmp_path / "eval", ["--questions", "6", "--system", "rag", "comam"]
+    assert main(["eval", *argv, "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert (out / "report.md").read_text() in text
+    for row in ("| rag |", "| comam |", "| dont_know |", "| question_lm |", "## Cost for each question"): assert row in text, row
+    before = {p.name: p.read_bytes() for p in out.glob("*.jsonl")}
+    assert main(["eval", *argv, "--out", str(out)]) == 0
+    assert before == {p.name: p.read_bytes() for p in out.glob("*.jsonl")}
+    fails(capsys, ["eval", "--questions", "6", "--system", "rag", "--seed", "1", "--out", str(out)], "another settings")
+
+def test_eval_on_a_chat_log_with_an_own_model(tmp_path, tiny, capsys):
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(json.dumps({"role": "user", "content": f"I love the drink {x}"}) for x in ("tea", "cola")) + "\n")
+    assert main(["eval", "--backbone", tiny, "--data", f"chat:{path}", "--system", "base", "mem1", "--max-new-tokens", "12", "--out", str(tmp_path / "eval")]) == 0
+    assert "| mem1 |" in capsys.readouterr().out
+
+def test_eval_bad_input(tmp_path, tiny, chat, capsys):
+    out = ["--out", str(tmp_path / "new")]
+    fails(capsys, ["eval", "--system", "telepathy", *out], "unknown system 'telepathy'", "memorybank")
+    fails(capsys, ["eval", "--system", "rag", "rag", *out], "named twice")
+    fails(capsys, ["eval", "--system", "rag", "--questions", "0", *out], "--questions must be at least 1")
+    fails(capsys, ["eval", "--system", "rag", "--against", "cam", *out], "--against")
+    fails(capsys, ["eval", "--system", "rag", "--data", f"chat:{chat}", *out], "--backbone")
+    fails(capsys, ["eval", "--system", "rag", "--backbone", tiny, *out], "--backbone goes with other --data")
+    fails(capsys, ["eval", "--system", "rag", "--data", "tweets:x", "--backbone", tiny, *out], "unknown data")
+    fails(capsys, ["eval", "--system", "rag", "--data", f"chat:{chat}", "--backbone", tiny, "--user", "nobody", *out], "no question with a right answer")
+    fails(capsys, ["eval", "--system", str(tmp_path), *out], "no such file")
+    assert not (tmp_path / "new").exists()
