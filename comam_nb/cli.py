@@ -310,7 +310,7 @@ def systems_for(args)->tuple: # name -> callable(user), and the agents
     for s in args.system:
         if s not in classes and not Path(s).is_dir(): raise CommandError(f"unknown system {s!r}: use one of {', '.join(classes)}, or the weights directory of a training run")
     embedder = None if args.embedder == "hashing" else HFEmbedder(args.embedder)
-    agents, out = _team(args), {}
+    agents, out, acts = _team(args), {}, {} # acts: what several systems would compute alike is computed once
     if args.adapters: load_agents(agents, args.adapters)
     for s in args.system:
         kind, team, name = classes.get(s), agents, s
@@ -322,7 +322,11 @@ def systems_for(args)->tuple: # name -> callable(user), and the agents
             name = "comam-" + (path.parent if path.name == "weights" else path).name
             load_agents(team, path)
         named = "user" in inspect.signature(kind.__init__).parameters
-        out[name] = lambda user, kind=kind, team=team, named=named: kind(team, embedder=embedder, **({"user": user} if named else {}))
+        def make(user, kind=kind, team=team, named=named):
+            system = kind(team, embedder=embedder, **({"user": user} if named else {}))
+            system.acts = acts
+            return system
+        out[name] = make
     return out, agents
 
 def evaluate_command(args)->int: # exit code

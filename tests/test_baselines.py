@@ -291,3 +291,22 @@ def test_mem1_copies_keep_their_turns_and_an_empty_rewriting_keeps_the_state():
     assert states[0] == (Note("A.", (1,)), Note("B.", (1, 2)))
     assert states[1] == (Note("B.", (1, 2)), Note("C.", (1, 3))) # line 3 is the first turn of the second session
     assert states[2] == states[3] == (Note("no citation", ()),)
+
+
+def test_systems_that_share_their_acts_answer_and_cost_the_same():
+    "One dictionary for two systems: the second asks its extraction agent nothing, and is charged all the same."
+    from comam_nb.mdp import example_agents
+    from comam_nb.data import example_episode
+    asked = []
+    class Counting:
+        def complete(self, prompts, **kw): asked.extend(prompts); return ["The favourite drink is tea. [3]"] * len(prompts)
+    agents = example_agents()
+    agents["extraction"].policy = Counting()
+    acts, alone, e = {}, SYSTEMS["amem"](agents), example_episode()
+    alone.observe(e.history[1]); asked.clear()
+    shared = [SYSTEMS[n](agents) for n in ("amem", "memorybank")]
+    for s in shared: s.acts = acts; s.observe(e.history[1])
+    assert len(asked) == 1
+    assert alone.memory() == shared[0].memory() and [s.usage.calls for s in shared] == [alone.usage.calls] * 2
+    warm = SYSTEMS["amem"](agents, temperature=0.5); warm.acts = acts; warm.observe(e.history[1])
+    assert len(asked) == 2 # what is drawn is not shared
