@@ -266,13 +266,14 @@ def answer(args)->int: # exit code
     return 0
 
 # %% ../nbs/18_cli.ipynb #ad7fbac4
-def memory_systems()->dict: # name -> class
-    "Every memory system that can be named."
+def memory_systems()->dict: # name -> callable(agents, …)
+    "Every memory system that can be named; mem0-raw stores messages as they are, without asking a model."
+    from functools import partial
     from comam_nb.baselines import SYSTEMS
     from comam_nb.bench import CoMAMSystem
     from comam_nb.mem0_system import Mem0System
     from comam_nb.memory_r1 import MemoryR1
-    return {**SYSTEMS, **{c.name: c for c in (MemoryR1, Mem0System, CoMAMSystem)}}
+    return {**SYSTEMS, **{c.name: c for c in (MemoryR1, Mem0System, CoMAMSystem)}, "mem0-raw": partial(Mem0System, infer=False)}
 
 def questions_for(args)->list: # episodes with their whole histories
     "The questions to ask, a random sample of --questions in the file's order. Raises `CommandError`."
@@ -321,7 +322,7 @@ def systems_for(args)->tuple: # name -> callable(user), and the agents
             kind, team, path = classes["comam"], _team(args), Path(s).resolve()
             name = "comam-" + (path.parent if path.name == "weights" else path).name
             load_agents(team, path)
-        named = "user" in inspect.signature(kind.__init__).parameters
+        named = "user" in inspect.signature(kind).parameters
         def make(user, kind=kind, team=team, named=named):
             system = kind(team, embedder=embedder, **({"user": user} if named else {}))
             system.acts = acts
@@ -418,7 +419,7 @@ def _train_parser(sub):
 def _bench_parsers(sub):
     e = sub.add_parser("eval", help="compare memory systems, beside baselines without memory")
     e.set_defaults(run=evaluate_command)
-    e.add_argument("--system", nargs="+", required=True, help="base, rag, memorybank, amem, cam, mem1, memory-r1, mem0, comam, or a weights directory of `comam train`; several are compared in pairs")
+    e.add_argument("--system", nargs="+", required=True, help="base, rag, memorybank, amem, cam, mem1, memory-r1, mem0, mem0-raw, comam, or a weights directory of `comam train`; several are compared in pairs")
     e.add_argument("--data", default="microworld", help=f"one of {', '.join(DATA_KINDS)}")
     e.add_argument("--backbone", help="model directory, .gguf file or hub id, for --data other than microworld")
     e.add_argument("--adapters", help="weights directory of a training run, for all named systems")

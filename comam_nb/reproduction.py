@@ -219,7 +219,7 @@ def reproduce(
     out = Path(out)
     _write(out / "table.csv", table_csv(rows)); _write(out / "curves.jsonl", "".join(json.dumps(r) + "\n" for r in map(_thin, rows)))
     if "equal" in arms: _write(out / "table.md", table_markdown(rows) + "\n")
-    plot_arms(rows).savefig(out / "curves.png", dpi=110)
+    plot_arms(rows).savefig(out / "curves.png")
     return rows
 
 def _thin(row):
@@ -296,9 +296,9 @@ def plot_arms(
 ): # a figure
     "Training accuracy over steps, mean and 95 % band over seeds, in four panels."
     import matplotlib.pyplot as plt
-    curves, figure = curves_of(rows), plt.figure(figsize=(9, 6.4), layout="constrained")
+    curves, figure = curves_of(rows), plt.figure(figsize=(8.6, 6), dpi=64, layout="constrained")
     for i, (title, names) in enumerate(GROUPS.items(), 1):
         have = {a: curves[a] for a in names if a in curves}
         ax = figure.add_subplot(2, 2, i)
-        if have: plot_bands(ax, have, smooth=smooth, title=title, ylabel="answers right in training", ylim=(0.2, 1))
+        if have: plot_bands(ax, have, smooth=smooth, title=title, ylabel="answers right in training", ylim=(0, 1)).legend(loc="lower right", frameon=False, fontsize=7.5)
     return figure
