@@ -8,11 +8,11 @@ __all__ = ['RULES', 'LETTERS', 'OPTIONS_PROMPT', 'DONT_KNOW', 'STATIONS', 'parse
            'length_weights', 'balanced_accuracy', 'length_matched', 'options_only', 'OptionsOnly', 'QuestionOnly',
            'chains', 'news', 'token_f1', 'session_distance', 'score_answer', 'fingerprint', 'read_run', 'RunFile',
            'run_system', 'CoMAMSystem', 'score_table', 'group_table', 'cost_table', 'no_memory', 'write_no_memory',
-           'evaluate_systems', 'read_runs', 'debiased_table', 'report', 'needs_profile', 'lost_by', 'lost_in', 'Cases',
-           'browse', 'loss_counts', 'memory_events']
+           'evaluate_systems', 'read_runs', 'debiased_table', 'report', 'write_scores', 'read_scores', 'needs_profile',
+           'lost_by', 'lost_in', 'Cases', 'browse', 'loss_counts', 'memory_events']
 
 # %% ../nbs/15_bench.ipynb #8a4dcf98
-import hashlib, html, json, os, re, time
+import csv, hashlib, html, json, os, re, time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -615,7 +615,44 @@ def report(
     if systems: parts += ["## Cost for each question", cost_table(systems)]
     return "\n\n".join(parts) + "\n"
 
-# %% ../nbs/15_bench.ipynb #170e5e77
+# %% ../nbs/15_bench.ipynb #be0d139d
+_NUMBERS = ("distance", "right", "f1", "exact", "seconds", "read", "written", "building_seconds", "building_read", "building_written", "length_weight", "length_misses")
+_SCORES = ("system", "row", "id", "user", "kind", *_NUMBERS)
+
+def write_scores(
+    out_dir, # a folder of run files
+    path, # a .csv file, replaced whole or not at all
+):
+    "All runs of a folder without any text of the questions. Raises `DataError`."
+    path = Path(path)
+    with open(temp := path.with_name(path.name + ".part"), "w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f, lineterminator="\n")
+        writer.writerow(_SCORES)
+        for row, runs in zip(("system", "no memory"), read_runs(out_dir)):
+            for name, records in runs.items():
+                for r in records:
+                    flat = {**r, **{f"building_{k}": v for k, v in (r["building"] or {}).items()}, "system": name, "row": row}
+                    writer.writerow(["" if flat.get(c) is None else int(flat[c]) if isinstance(flat[c], bool) else flat[c] for c in _SCORES])
+    os.replace(temp, path)
+
+def read_scores(
+    path, # written by `write_scores`
+)->tuple: # systems: name -> records; the same for the rows without memory
+    "Scores as records. Raises `DataError` with file and line for a bad row."
+    out = {"system": {}, "no memory": {}}
+    with open(path, newline="", encoding="utf-8") as f:
+        for number, d in enumerate(csv.DictReader(f), 2):
+            try:
+                r = {c: d[c] for c in _SCORES} | {c: float(d[c]) if d[c] else None for c in _NUMBERS}
+                built = {k: r.pop(f"building_{k}") for k in ("seconds", "read", "written")}
+                r["building"], r["distance"] = (None if built["seconds"] is None else built), None if r["distance"] is None else int(r["distance"])
+                for c in ("length_weight", "length_misses"):
+                    if r[c] is None: del r[c]
+                out[r["row"]].setdefault(r["system"], []).append(r)
+            except (KeyError, TypeError, ValueError) as e: raise DataError(f"{path}, line {number}: not a row of scores ({type(e).__name__}: {e})") from None
+    return out["system"], out["no memory"]
+
+# %% ../nbs/15_bench.ipynb #0f6f6518
 STATIONS = ("extraction", "profile", "retrieval", "reading")
 
 def needs_profile(
@@ -639,7 +676,7 @@ def lost_by(
     if profile_needed(e) and not gold <= found(t.coarse): return "profile"
     return "reading" if gold <= t.evidence else "retrieval"
 
-# %% ../nbs/15_bench.ipynb #b87f50d6
+# %% ../nbs/15_bench.ipynb #ec143c35
 def lost_in(
     record:dict, # of a run
 )->str: # "memory", "retrieval", "reading"; "" for a right answer, "?" without gold evidence
@@ -649,7 +686,7 @@ def lost_in(
     if not record["held"]: return "memory"
     return "reading" if set(record["gold_turns"]) <= set(record["evidence"]) else "retrieval"
 
-# %% ../nbs/15_bench.ipynb #ec143c35
+# %% ../nbs/15_bench.ipynb #40143a52
 def _path(t, matcher):
     "Which stations of a trajectory have all gold turns."
     e, s = t.episode, t.final
@@ -677,7 +714,7 @@ class Cases:
         body = "".join("<tr>" + "".join(map(cell, r)) + "</tr>" for r in self.rows)
         return f"<p>{html.escape(str(self).splitlines()[0])}</p><table style='color:inherit'><tr>{''.join(cell(h, 'th') for h in self.header)}</tr>{body}</table>"
 
-# %% ../nbs/15_bench.ipynb #d2290822
+# %% ../nbs/15_bench.ipynb #5016a5d4
 def browse(
     cases:list, # of Trajectory, or of a run's records
     limit:int=20, # rows shown
@@ -709,7 +746,7 @@ def loss_counts(
     kinds = sorted({k for _, k in lost})
     return np.array([[sum(x == (s, k) for x in lost) for k in kinds] for s in stations]), list(stations), kinds
 
-# %% ../nbs/15_bench.ipynb #7d8e1428
+# %% ../nbs/15_bench.ipynb #8bc940f1
 def memory_events(
     system:MemorySystem, # fresh
     history:tuple, # sessions
