@@ -86,7 +86,7 @@ class MemorySystem:
         if k < 1: raise DataError(f"k is {k}: recall 1 note or more")
         self.agents, self.embedder, self.temperature, self.k, self.context = agents, embedder or HashingEmbedder(), temperature, k, context
         self.usage, self.sessions, self.stale, self._known = Usage(), 0, False, {}
-        self.acts = None # a dict that several systems share: greedy acts are then computed once
+        self.acts, self.saved = None, 0.0 # a dict that several systems share: greedy acts are then computed once; and the seconds that this saved
         self.shown, self.left_out = (), 0 # of the last answer: notes that were read, and how many did not fit
 
     def _keep(self, session): raise NotImplementedError
@@ -105,11 +105,12 @@ def _act(self, agent, states):
     start = time.perf_counter()
     for s, [d] in zip(new, act(agent, new, 1, self.temperature, batch_size=8) if new else []): known[key(s)] = d.sample, 0.0
     for s in new: known[key(s)] = known[key(s)][0], (time.perf_counter() - start) / len(new)
-    decisions = []
+    decisions, fresh = [], {key(s) for s in new}
     for s in states:
         sample, seconds = known[key(s)]
         decisions.append(Decision(agent.prompt(s), sample, agent.parse(agent.opening + sample.text, s)))
         self.usage.note(decisions[-1], seconds)
+        if key(s) not in fresh: self.saved += seconds
     return decisions
 
 def _room(self, name, state):

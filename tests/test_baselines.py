@@ -310,3 +310,4 @@ def test_systems_that_share_their_acts_answer_and_cost_the_same():
     assert alone.memory() == shared[0].memory() and [s.usage.calls for s in shared] == [alone.usage.calls] * 2
     warm = SYSTEMS["amem"](agents, temperature=0.5); warm.acts = acts; warm.observe(e.history[1])
     assert len(asked) == 2 # what is drawn is not shared
+    assert alone.saved == 0 and shared[0].saved == 0 and shared[1].saved > 0 # the first one paid
