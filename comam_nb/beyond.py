@@ -127,7 +127,7 @@ def beyond(
     os.replace(temp, Path(out) / "beyond.jsonl")
     return rows
 
-# %% ../nbs/19_beyond.ipynb #b2f60d8a
+# %% ../nbs/19_beyond.ipynb #5ab3ef35
 def transfer_table(
     rows:list, # records of `transfer_run`
 )->tuple: # names; means [T, T]; half-widths [T, T] of the 95 % interval; lead [T, T] of the reader's own memory, with half-widths
