@@ -26,8 +26,8 @@ from .data import DataError
 from .evaluation import bootstrap, evaluate
 from .mdp import AGENTS, MemoryMDP, Trajectory, Transition, rollout
 from .microworld import MicroWorld, make_episodes, micro_agents, micro_rewards, understudy
-from .sampling import Sample
 from .reproduction import steps_to
+from .sampling import Sample
 from .training import CoMAMConfig, CoMAMTrainer
 
 # %% ../nbs/17_laboratory.ipynb #a862c8d6
