@@ -647,8 +647,7 @@ def read_scores(
                 r = {c: d[c] for c in _SCORES} | {c: float(d[c]) if d[c] else None for c in _NUMBERS}
                 built = {k: r.pop(f"building_{k}") for k in ("seconds", "read", "written")}
                 r["building"], r["distance"] = (None if built["seconds"] is None else built), None if r["distance"] is None else int(r["distance"])
-                for c in ("length_weight", "length_misses"):
-                    if r[c] is None: del r[c]
+                if r["length_weight"] is None: del r["length_weight"], r["length_misses"] # stands in the row "chance" only
                 out[r["row"]].setdefault(r["system"], []).append(r)
             except (KeyError, TypeError, ValueError) as e: raise DataError(f"{path}, line {number}: not a row of scores ({type(e).__name__}: {e})") from None
     return out["system"], out["no memory"]
