@@ -248,6 +248,8 @@ def read_table(
             except (KeyError, TypeError, ValueError) as e: raise DataError(f"{path}, line {number}: not a row of a reproduction table ({type(e).__name__}: {e})") from e
     return out
 
+def _pm(mean, half, form="{:.3f}"): return form.format(mean) + (f" ± {half:.3f}" if np.isfinite(half) else "") # one seed has no interval
+
 def _interval(values):
     mean, half = (float(x[0]) for x in mean_band(np.asarray(values, dtype=float)[:, None]))
     return mean, half
@@ -270,7 +272,7 @@ def table_markdown(
         speed = f"{np.median(reached):.0f} ({len(reached)} of {len(seeds)})" if reached else "–"
         others = " | ".join(f"{np.mean([r[m] for r in seeds.values()]):.3f}" for m in METRICS[1:])
         paper = ", ".join(f"{x:.2f}" for x in ARMS[name].paper) if ARMS[name].paper else ""
-        lines.append(f"| {name} | {ARMS[name].what} | {mean:.3f} ± {half:.3f} | {'–' if name == against else f'{d:+.3f} ± {dh:.3f}{star}'} | {others} | {speed} | {paper} |")
+        lines.append(f"| {name} | {ARMS[name].what} | {_pm(mean, half)} | {'–' if name == against else _pm(d, dh, '{:+.3f}') + star} | {others} | {speed} | {paper} |")
     return "\n".join(lines)
 
 # %% ../nbs/16_reproduction.ipynb #07aa5240
