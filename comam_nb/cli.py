@@ -173,7 +173,7 @@ def joint_config(args, out:Path):
 def _train_and_compare(args, out, agents, train_set, held_out, rewards):
     "The middle of a run: its log, and scores before and after."
     from comam_nb.evaluation import evaluate
-    from comam_nb.training import CoMAMTrainer, last_checkpoint
+    from comam_nb.training import CoMAMTrainer, last_checkpoint, save_agents, whole_weights
     trainer = CoMAMTrainer(agents, train_set, rewards, joint_config(args, out), callbacks=[run_callback(out, args.steps)])
     score = lambda: evaluate(agents, held_out, rewards, batch_size=args.eval_batch)
     saved = out / "before.json"
@@ -183,7 +183,8 @@ def _train_and_compare(args, out, agents, train_set, held_out, rewards):
         if trainer.is_world_process_zero(): write_json(saved, {k: v.tolist() for k, v in before.items()})
     last = last_checkpoint(out / "checkpoints") if args.resume else None
     trainer.train(resume_from_checkpoint=str(last) if last else None)
-    return before, score()
+    save_agents(agents, out / "weights", write=trainer.is_world_process_zero())
+    with whole_weights(trainer.model_wrapped): return before, score()
 
 def _array(values):
     import numpy as np
@@ -202,7 +203,6 @@ def save_plots(out:Path):
 def train(args)->int: # exit code
     "`comam train`: joint training; writes weights, config.json, metrics.jsonl, summary.json and plots to --out."
     from comam_nb.evaluation import before_after, summarize
-    from comam_nb.training import save_agents
     start, out = time.time(), fresh_dir(args.out, args.resume)
     import torch
     from accelerate import PartialState
@@ -220,7 +220,6 @@ def train(args)->int: # exit code
     print(f"{len(train_set)} training episodes, {len(held_out)} for evaluation, {args.steps} steps of {args.episodes_per_step} x {args.group_size} rollouts, into {out}")
     before, after = _train_and_compare(args, out, agents, train_set, held_out, rewards)
     if not everyone.is_main_process: return 0 # the first process writes for all
-    save_agents(agents, out / "weights")
     if not any((out / "checkpoints").iterdir()): (out / "checkpoints").rmdir()
     save_plots(out)
     seconds = round(time.time() - start, 1)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'grpo_loss', 'make_agents', 'SeparatePolicies', 'trained_model', 'step_rows', 'CoMAMConfig',
-           'integrated_reward', 'RolloutTrainer', 'LostProcess', 'last_checkpoint', 'CoMAMTrainer', 'save_agents',
-           'load_agents', 'PrioritySampler', 'diagnose']
+           'integrated_reward', 'RolloutTrainer', 'LostProcess', 'last_checkpoint', 'whole_weights', 'CoMAMTrainer',
+           'save_agents', 'load_agents', 'PrioritySampler', 'diagnose']
 
 # %% ../nbs/08_training.ipynb #2eb8a073
 import json, os, random, re, signal, time
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -189,6 +190,10 @@ class RolloutTrainer(GRPOTrainer):
         super().__init__(model=model, reward_funcs=integrated_reward, args=args, train_dataset=Dataset.from_list(rows),
                          processing_class=tokenizer, rollout_func=self._rollout, callbacks=callbacks)
         for p in trainable: p.requires_grad_(True) # all adapters, not only the active one
+        state = self.accelerator.state
+        if (self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 1) or (self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3):
+            raise CreditError("FSDP 1 and ZeRO-3 share the weights out in a way that rollouts cannot undo: use fsdp_version: 2, or ZeRO-2 (see configs/)")
+        if self.is_fsdp_enabled: args.shared_prefix = False # all processes must take the same way through the model, and which is shorter depends on the rows
         self.remove_callback(PrinterCallback) # prints every log line whole
 
     def _rollout(self, labels, trainer):
@@ -198,8 +203,9 @@ class RolloutTrainer(GRPOTrainer):
         numbers = self.sampler.choose(a.episodes_per_step) if self.sampler else None # the same in every process
         mine = numbers[first:first + E] if numbers else [json.loads(x)["episode"] for x in labels[:E * G:G]]
         seeds = [(a.seed, self.state.global_step, first + e) for e in range(E)] if a.sampling == "per_group" else None
-        groups = rollout(self.agents, [self.episodes[n] for n in mine], G, a.temperature, self.intervene, max(a.per_device_train_batch_size, G), seeds)
-        local, answers = self.rewards(groups) # [E, 3, G], [E, G]
+        with whole_weights(self.model_wrapped):
+            groups = rollout(self.agents, [self.episodes[n] for n in mine], G, a.temperature, self.intervene, max(a.per_device_train_batch_size, G), seeds)
+            local, answers = self.rewards(groups) # [E, 3, G], [E, G]
         credit = assign(local, answers, self.scheme, a.credit_temperature, a.credit_rescale, a.credit_rule)
         self._note(groups, torch.as_tensor(local), torch.as_tensor(answers), credit)
         trained = [AGENTS.index(a) for a in self.trained]
@@ -257,6 +263,23 @@ def _train(self, *args, **kwargs):
 
 RolloutTrainer.train = _train
 
+# %% ../nbs/08_training.ipynb #858bb063
+@contextmanager
+def whole_weights(
+    model:torch.nn.Module, # as the trainer holds it
+):
+    "Inside, every process holds all weights that FSDP 2 has shared out, for sampling and saving; nothing to do for other models."
+    from torch.distributed.fsdp import FSDPModule
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for m in parts: m.set_reshard_after_forward(False, recurse=False); m.unshard()
+    try: yield
+    finally:
+        for m in parts:
+            m.reshard(); m.set_reshard_after_forward(True, recurse=False)
+            state = m._get_fsdp_state() # it noted every forward pass, to fetch weights in the same order backwards; nobody goes backwards through a rollout
+            state._comm_ctx.post_forward_order.clear()
+            for group in state._fsdp_param_groups: group._post_forward_indices.clear()
+
 # %% ../nbs/08_training.ipynb #58af97a3
 class CoMAMTrainer(RolloutTrainer):
     "Joint GRPO training of the three agents (CoMAM §4.3, Algorithm 1) on `trl.GRPOTrainer`; arguments as in `RolloutTrainer`."
@@ -311,10 +334,13 @@ class CoMAMTrainer(RolloutTrainer):
 def save_agents(
     agents:dict, # name -> Agent
     folder:str|Path, # one subfolder per adapter, or per agent for separate policies
+    write:bool=True, # False for all processes but one: with FSDP they only hand in their share
 ):
     "Write what was trained."
     model = trained_model(agents)
-    model.save_pretrained(str(folder), **({"selected_adapters": sorted({a.adapter for a in agents.values()})} if hasattr(model, "peft_config") else {}))
+    options = {"selected_adapters": sorted({a.adapter for a in agents.values()})} if hasattr(model, "peft_config") else {}
+    if any(hasattr(p, "full_tensor") for p in model.parameters()): options["state_dict"] = {k: v.full_tensor().cpu() for k, v in model.state_dict().items() if ".lora_" in k}
+    if write: model.save_pretrained(str(folder), **options)
 
 def load_agents(
     agents:dict, # as `make_agents` made them, in the same policy mode
