@@ -250,9 +250,9 @@ def _train(self, *args, **kwargs):
     n, rank = self.accelerator.num_processes, self.accelerator.process_index
     if n == 1: return super(RolloutTrainer, self).train(*args, **kwargs)
     def lost():
-        last = last_checkpoint(self.args.output_dir)
+        last = None if self.is_fsdp_enabled else last_checkpoint(self.args.output_dir)
         return LostProcess(f"process {rank} of {n} stops in step {self.state.global_step + 1}: another process of this run has ended, or all were told to stop. " +
-                           (f"Go on from {last}" if last else "No checkpoint was written (set save_strategy and save_steps, or --save-steps): start again"))
+                           (f"Go on from {last}" if last else "There is no checkpoint to go on from (set save_strategy and save_steps, or --save-steps): start again"))
     def stop(*_): raise lost()
     before = signal.signal(signal.SIGTERM, stop)
     try: return super(RolloutTrainer, self).train(*args, **kwargs)
@@ -324,6 +324,7 @@ class CoMAMTrainer(RolloutTrainer):
         return (*(torch.nn.functional.pad(x, (0, logits_to_keep - x.size(1))) for x in (logps, entropy)), None)
 
     def _load_from_checkpoint(self, checkpoint, model=None):
+        if self.is_fsdp_enabled: raise CreditError(f"{checkpoint}: a run under FSDP cannot be resumed, because Accelerate writes the active adapter only: start again")
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         if isinstance(self.model, SeparatePolicies):
             for name, policy in self.model.policies.items(): policy.load_state_dict(type(policy).from_pretrained(Path(checkpoint) / name).state_dict())
@@ -360,7 +361,7 @@ def load_agents(
 
 # %% ../nbs/08_training.ipynb #08567ad6
 class PrioritySampler:
-    "Chooses episodes that taught something when they were last rolled out; one per process and run."
+    "Chooses episodes that taught something when they were last rolled out; one per run, with several processes an equal copy in each."
     def __init__(self,
         n:int, # episodes to choose from
         decay:float=0.9, # lambda, per step
