@@ -124,10 +124,11 @@ def act(
     G:int=1, # acts per state
     temperature:float=1.0, # of the policy
     batch_size:int=256, # completions under way at once
+    draws=None, # [P, G, max_new_tokens] random numbers to sample with; None: torch's generator
 )->list: # [P][G] of `Decision`
     "Let an agent act G times in each of several states."
     prompts = [agent.prompt(s) for s in states]
-    groups = sample_group(agent.policy, prompts, G, adapter=agent.adapter, temperature=temperature, max_new_tokens=agent.max_new_tokens, batch_size=batch_size)
+    groups = sample_group(agent.policy, prompts, G, adapter=agent.adapter, temperature=temperature, max_new_tokens=agent.max_new_tokens, batch_size=batch_size, draws=draws)
     return [[Decision(p, x, agent.parse(agent.opening + x.text, s)) for x in g] for p, s, g in zip(prompts, states, groups)]
 
 # %% ../nbs/04_agents.ipynb #ebe80f9d

@@ -142,18 +142,20 @@ def run_callback(
     from transformers import TrainerCallback
     class RunLog(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
+            if not state.is_world_process_zero: return # the first process writes for all
             path = out / "metrics.jsonl" # a resumed run drops the lines behind its checkpoint
             kept = [l for l in path.read_text().splitlines() if json.loads(l)["step"] <= state.global_step] if path.exists() else []
             path.write_text("".join(l + "\n" for l in kept))
             self.bar, self.file, self.last = tqdm(total=steps, initial=state.global_step, unit="step", dynamic_ncols=True), open(path, "a", encoding="utf-8"), time.time()
         def on_log(self, args, state, control, logs=None, **kwargs):
-            if "r_ret" not in (logs or {}): return
+            if "r_ret" not in (logs or {}) or not state.is_world_process_zero: return
             line = {"step": state.global_step, "seconds": round(time.time() - self.last, 3), **{k: v for k, v in logs.items() if isinstance(v, (int, float))}}
             self.last = time.time()
             self.file.write(json.dumps(line) + "\n"); self.file.flush()
             self.bar.update(state.global_step - self.bar.n)
             self.bar.set_postfix_str(f"answers {logs['answer_accuracy']:.2f}, r_f {logs['r_cons_f']:.2f}, r_c {logs['r_cons_c']:.2f}, r_ret {logs['r_ret']:.2f}")
-        def on_train_end(self, args, state, control, **kwargs): self.bar.close(); self.file.close()
+        def on_train_end(self, args, state, control, **kwargs):
+            if state.is_world_process_zero: self.bar.close(); self.file.close()
     return RunLog()
 
 # %% ../nbs/18_cli.ipynb #75bdef7c
@@ -164,23 +166,23 @@ def joint_config(args, out:Path):
     longest = dict(max_completion_length=args.max_new_tokens, temperature=args.temperature)
     return CoMAMConfig(str(out / "checkpoints"), max_steps=args.steps, episodes_per_step=args.episodes_per_step, num_generations=args.group_size, learning_rate=args.lr,
                        lr_scheduler_type="linear", credit=args.credit, credit_temperature=args.credit_temperature, credit_rescale=args.rescale, credit_rule=args.rule,
-                       seed=args.seed, use_cpu=pick_device(args.device).type == "cpu", micro_batches_per_agent=args.micro_batches, disable_tqdm=True,
+                       seed=args.seed, sampling=args.sampling, use_cpu=pick_device(args.device).type == "cpu", micro_batches_per_agent=args.micro_batches, disable_tqdm=True,
                        save_strategy="steps" if args.save_steps else "no", save_steps=args.save_steps or 500, save_total_limit=2, **longest)
 
 # %% ../nbs/18_cli.ipynb #f12e9a75
 def _train_and_compare(args, out, agents, train_set, held_out, rewards):
     "The middle of a run: its log, and scores before and after."
     from comam_nb.evaluation import evaluate
-    from comam_nb.training import CoMAMTrainer
+    from comam_nb.training import CoMAMTrainer, last_checkpoint
     trainer = CoMAMTrainer(agents, train_set, rewards, joint_config(args, out), callbacks=[run_callback(out, args.steps)])
     score = lambda: evaluate(agents, held_out, rewards, batch_size=args.eval_batch)
     saved = out / "before.json"
     if args.resume and saved.exists(): before = {k: _array(v) for k, v in json.loads(saved.read_text()).items()}
     else:
         before = score()
-        write_json(saved, {k: v.tolist() for k, v in before.items()})
-    checkpoints = any((out / "checkpoints").glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=True if args.resume and checkpoints else None)
+        if trainer.is_world_process_zero(): write_json(saved, {k: v.tolist() for k, v in before.items()})
+    last = last_checkpoint(out / "checkpoints") if args.resume else None
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     return before, score()
 
 def _array(values):
@@ -203,15 +205,21 @@ def train(args)->int: # exit code
     from comam_nb.training import save_agents
     start, out = time.time(), fresh_dir(args.out, args.resume)
     import torch
+    from accelerate import PartialState
+    from comam_nb.backbone import pick_device
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not args.out: raise CommandError("several processes write into one directory: name it with --out")
+    everyone = PartialState(cpu=pick_device(args.device).type == "cpu") # with several processes each takes its card, before anything is loaded
     from transformers.utils import logging
     logging.disable_progress_bar() # ours is the one to watch
     torch.manual_seed(args.seed)
     agents, train_set, held_out, rewards = build_team(args)
     config = joint_config(args, out) # fails here, before the directory is made
+    everyone.wait_for_everyone() # all have looked at the directory before one makes it
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", {**{k: v for k, v in vars(args).items() if k != "run"}, "versions": versions()})
+    if everyone.is_main_process: write_json(out / "config.json", {**{k: v for k, v in vars(args).items() if k != "run"}, "versions": versions()})
     print(f"{len(train_set)} training episodes, {len(held_out)} for evaluation, {args.steps} steps of {args.episodes_per_step} x {args.group_size} rollouts, into {out}")
     before, after = _train_and_compare(args, out, agents, train_set, held_out, rewards)
+    if not everyone.is_main_process: return 0 # the first process writes for all
     save_agents(agents, out / "weights")
     if not any((out / "checkpoints").iterdir()): (out / "checkpoints").rmdir()
     save_plots(out)
@@ -407,6 +415,7 @@ def _train_parser(sub):
     p.add_argument("--rescale", action="store_true", help="correct the NDCG for chance")
     p.add_argument("--rule", default="eq15", help="eq15 or alg1 (default eq15)")
     p.add_argument("--temperature", type=float, default=1.0, help="of the rollouts (default 1, the policy itself)")
+    p.add_argument("--sampling", choices=("per_group", "stream"), help="per_group: the same texts with any number of processes; stream: from torch's generator (default: stream with one process, per_group with several)")
     p.add_argument("--micro-batches", type=int, default=1, help="passes per agent and step, to save memory (default 1)")
     p.add_argument("--save-steps", type=int, default=0, help="write a checkpoint every so many steps (default: none)")
     p.add_argument("--eval-episodes", type=int, default=None, help="episodes evaluated before and after (default 500, or 8 with --backbone)")
@@ -481,9 +490,10 @@ def _fill_defaults(args):
 
 def main(
     argv:list|None=None, # arguments; None takes sys.argv
-)->int: # 0, or 2 for bad input
+)->int: # 0; 2 for bad input; 1 where another process of the run was lost
     "The entry point of `comam`."
-    args = parser().parse_args(argv)
+    args, others = parser().parse_args(argv), int(os.environ.get("RANK", 0)) > 0
+    if others: sys.stdout = open(os.devnull, "w") # one of several processes: the first one speaks for all
     try:
         _fill_defaults(args)
         for name, value in (("TOKENIZERS_PARALLELISM", "false"), ("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1")): os.environ.setdefault(name, value)
@@ -492,5 +502,9 @@ def main(
         return args.run(args)
     except (ValueError, OSError) as e:
         if not isinstance(e, OSError) and not type(e).__module__.startswith("comam_nb"): raise # a bug of ours: show all of it
-        print(f"comam: {e}", file=sys.stderr)
+        if not others: print(f"comam: {e}", file=sys.stderr)
         return 2
+    except RuntimeError as e:
+        if type(e).__name__ != "LostProcess": raise
+        print(f"comam: {e}, with the same command and --resume" if "Go on" in str(e) else f"comam: {e}", file=sys.stderr, flush=True)
+        return 1

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .agents import Action, ExtractionAgent, ProfileAgent, RetrievalAgent, act
 from .data import DataError, Episode, Query, example_episode
+from .sampling import own_draws
 
 # %% ../nbs/05_mdp.ipynb #06dc0303
 AGENTS = ("extraction", "profile", "retrieval")
@@ -124,19 +125,21 @@ def rollout(
     temperature:float=1.0, # of the policies
     intervene=None, # see `MemoryMDP`
     batch_size:int=256, # completions under way at once
+    seeds:list|None=None, # a tuple of whole numbers for each episode: its group is then the same whatever else is rolled out; None: torch's generator
 )->list: # [E][G] of `Trajectory`, rewards not yet computed
     "Roll out a group for each of several episodes, all in step."
     mdps = [MemoryMDP(e, intervene) for e in episodes]
     groups = [[Trajectory(e) for _ in range(G)] for e in episodes]
     flat = [(m, t) for m, g in zip(mdps, groups) for t in g]
-    for name in AGENTS:
+    for n, name in enumerate(AGENTS):
+        draws = None if seeds is None else own_draws([(*s, n) for s in seeds], G, agents[name].max_new_tokens) # [E, G, tokens]
         if name == AGENTS[0]:
             states = [m.reset() for m in mdps]
-            decided = [d for g in act(agents[name], states, G, temperature, batch_size) for d in g]
+            decided = [d for g in act(agents[name], states, G, temperature, batch_size, draws) for d in g]
             states = [s for s in states for _ in range(G)]
         else:
             states = [t.final for _, t in flat]
-            decided = [g[0] for g in act(agents[name], states, 1, temperature, batch_size)]
+            decided = [g[0] for g in act(agents[name], states, 1, temperature, batch_size, None if draws is None else draws.flatten(0, 1)[:, None])]
         for (m, t), s, d in zip(flat, states, decided):
             t.transitions.append(Transition(name, s, d.prompt, d.sample.text, d.action, d.sample.prompt_ids, d.sample.ids))
             t.final = m.step(s, d.action)

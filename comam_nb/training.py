@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'grpo_loss', 'make_agents', 'SeparatePolicies', 'trained_model', 'step_rows', 'CoMAMConfig',
-           'integrated_reward', 'RolloutTrainer', 'CoMAMTrainer', 'save_agents', 'load_agents', 'PrioritySampler',
-           'diagnose']
+           'integrated_reward', 'RolloutTrainer', 'LostProcess', 'last_checkpoint', 'CoMAMTrainer', 'save_agents',
+           'load_agents', 'PrioritySampler', 'diagnose']
 
 # %% ../nbs/08_training.ipynb #2eb8a073
-import json, os, random, time
+import json, os, random, re, signal, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -116,6 +116,7 @@ class CoMAMConfig(GRPOConfig):
     trained_agents:list = field(default_factory=lambda: list(AGENTS), metadata={"help": "the others act, but are not updated"})
     shared_prefix:bool = field(default=True, metadata={"help": "compute a prompt once for all completions that follow it"})
     micro_batches_per_agent:int = field(default=1, metadata={"help": "split an agent's E x G rows into this many passes, to save memory"})
+    sampling:str|None = field(default=None, metadata={"help": "per_group: an episode's rollouts depend on seed, step and place alone; stream: on torch's generator; None: per_group where there are several processes"})
     credit:str = field(default="adaptive", metadata={"help": "credit scheme: adaptive, equal, local, global"})
     credit_temperature:float = field(default=1.0, metadata={"help": "softmax temperature of the adaptive weights; 1 is Eq. 14"})
     credit_rescale:bool = field(default=False, metadata={"help": "correct the NDCG for chance before the softmax"})
@@ -135,6 +136,9 @@ class CoMAMConfig(GRPOConfig):
         assign(torch.zeros(1, 3, 2), torch.zeros(1, 2), self.credit, self.credit_temperature, self.credit_rescale, self.credit_rule) # raises for unknown names
         if not self.trained_agents or [a for a in AGENTS if a in self.trained_agents] != list(self.trained_agents): raise CreditError(f"trained_agents is {self.trained_agents}: name one or more of {', '.join(AGENTS)}, in this order")
         if self.num_generations < 2: raise CreditError("group size 1: GRPO and the credit compare the rollouts of a group; take num_generations of at least 2")
+        if self.sampling not in (None, "per_group", "stream"): raise CreditError(f"unknown sampling {self.sampling!r}: use per_group or stream")
+        if self.sampling is None: self.sampling = "per_group" if world > 1 else "stream"
+        if world > 1 and self.ddp_find_unused_parameters is None: self.ddp_find_unused_parameters = True # a pass uses one adapter of three
         share, rest = divmod(self.episodes_per_step, world)
         if rest or not share: raise CreditError(f"{self.episodes_per_step} episodes per step do not divide over {world} processes: take a multiple of {world}")
         rows, rest = divmod(share * self.num_generations, self.micro_batches_per_agent)
@@ -190,31 +194,68 @@ class RolloutTrainer(GRPOTrainer):
     def _rollout(self, labels, trainer):
         a, G = self.args, self.num_generations
         E = len(labels) // (len(self.trained) * G)
-        numbers = self.sampler.choose(E) if self.sampler else [json.loads(x)["episode"] for x in labels[:E * G:G]]
-        chosen = [self.episodes[n] for n in numbers]
-        groups = rollout(self.agents, chosen, G, a.temperature, self.intervene, batch_size=max(a.per_device_train_batch_size, G))
+        first = self.accelerator.process_index * E # this process's place among the episodes of the step
+        numbers = self.sampler.choose(a.episodes_per_step) if self.sampler else None # the same in every process
+        mine = numbers[first:first + E] if numbers else [json.loads(x)["episode"] for x in labels[:E * G:G]]
+        seeds = [(a.seed, self.state.global_step, first + e) for e in range(E)] if a.sampling == "per_group" else None
+        groups = rollout(self.agents, [self.episodes[n] for n in mine], G, a.temperature, self.intervene, max(a.per_device_train_batch_size, G), seeds)
         local, answers = self.rewards(groups) # [E, 3, G], [E, G]
         credit = assign(local, answers, self.scheme, a.credit_temperature, a.credit_rescale, a.credit_rule)
         self._note(groups, torch.as_tensor(local), torch.as_tensor(answers), credit)
-        mine = [AGENTS.index(a) for a in self.trained]
-        if self.sampler: self.sampler.update(numbers, credit.rewards[:, mine].std(-1).mean(-1).tolist())
+        trained = [AGENTS.index(a) for a in self.trained]
+        if self.sampler: self.sampler.update(numbers, self._everywhere(credit.rewards)[:, trained].std(-1).mean(-1).tolist())
         acts = [t[name] for name in self.trained for g in groups for t in g]
         return {"prompt_ids": [list(t.prompt_ids) for t in acts], "completion_ids": [list(t.action_ids) for t in acts], "logprobs": None,
-                "integrated": credit.rewards[:, mine].transpose(0, 1).reshape(-1).tolist()} # [agents, E, G] flattened, as the rows are
+                "integrated": credit.rewards[:, trained].transpose(0, 1).reshape(-1).tolist()} # [agents, E, G] flattened, as the rows are
+
+    def _everywhere(self, x):
+        "The same tensor of all processes, [E_local, …] -> [E, …], in the order of the episodes."
+        return x if self.accelerator.num_processes == 1 else self.accelerator.gather(x.contiguous().to(self.accelerator.device)).cpu()
 
     def _note(self, groups, local, answers, credit):
-        "Keep what the step's line in metrics.jsonl needs."
-        self.last_groups = groups
-        m, flat = self._metrics["train"], [t for g in groups for t in g]
+        "Keep what the step's line in metrics.jsonl needs, over all processes."
+        self.last_groups, m = groups, self._metrics["train"]
+        bad = [[[t[a].action.malformed > 0 for t in g] for a in AGENTS] for g in groups] # [E, 3, G]
+        cut = [[[len(t[a].action_ids) >= self.agents[a].max_new_tokens for t in g] for a in AGENTS] for g in groups]
+        local, answers, weights, rewards, bad, cut = map(self._everywhere, (local, answers, credit.weights, credit.rewards, torch.tensor(bad).double(), torch.tensor(cut).double()))
         m["answer_accuracy"].append(answers.float().mean().item())
-        A = group_advantages(credit.rewards)
+        A = group_advantages(rewards)
         for i, (agent, short) in enumerate(zip(AGENTS, ("r_cons_f", "r_cons_c", "r_ret"))):
             m[short].append(local[:, i].float().mean().item())
-            m[f"w_{agent}"].append(credit.weights[:, i].mean().item())
+            m[f"w_{agent}"].append(weights[:, i].mean().item())
             m[f"advantage_std_{agent}"].append(A[:, i].std().item())
-            m[f"zero_variance_{agent}"].append((credit.rewards[:, i].std(-1) < 1e-8).float().mean().item())
-            m[f"malformed_{agent}"].append(sum(t[agent].action.malformed > 0 for t in flat) / len(flat))
-        m["cut_off"].append(sum(len(x.action_ids) >= self.agents[x.agent].max_new_tokens for t in flat for x in t.transitions) / (3 * len(flat)))
+            m[f"zero_variance_{agent}"].append((rewards[:, i].std(-1) < 1e-8).float().mean().item())
+            m[f"malformed_{agent}"].append(bad[:, i].mean().item())
+        m["cut_off"].append(cut.mean().item())
+
+# %% ../nbs/08_training.ipynb #d9ac10c4
+class LostProcess(RuntimeError):
+    "Another process of the run has ended; the message says where to go on."
+
+def last_checkpoint(
+    folder:str|Path, # that a trainer writes checkpoints to
+)->Path|None: # None if there is none
+    "The newest whole checkpoint of a run."
+    whole = [p.parent for p in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+def _train(self, *args, **kwargs):
+    "As TRL's `train`. Raises `LostProcess` where another process of the run has ended."
+    n, rank = self.accelerator.num_processes, self.accelerator.process_index
+    if n == 1: return super(RolloutTrainer, self).train(*args, **kwargs)
+    def lost():
+        last = last_checkpoint(self.args.output_dir)
+        return LostProcess(f"process {rank} of {n} stops in step {self.state.global_step + 1}: another process of this run has ended, or all were told to stop. " +
+                           (f"Go on from {last}" if last else "No checkpoint was written (set save_strategy and save_steps, or --save-steps): start again"))
+    def stop(*_): raise lost()
+    before = signal.signal(signal.SIGTERM, stop)
+    try: return super(RolloutTrainer, self).train(*args, **kwargs)
+    except RuntimeError as e: # gloo and NCCL say no more than that a connection has closed
+        if isinstance(e, LostProcess) or not re.search("gloo|nccl|closed by peer|reset by peer", str(e), re.I): raise
+        raise lost() from e
+    finally: signal.signal(signal.SIGTERM, before)
+
+RolloutTrainer.train = _train
 
 # %% ../nbs/08_training.ipynb #58af97a3
 class CoMAMTrainer(RolloutTrainer):
