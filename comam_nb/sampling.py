@@ -233,21 +233,22 @@ def token_logprobs(
 
 # %% ../nbs/02_sampling.ipynb #622b4e20
 def _pack(prompts, completions):
-    "Rows that share a prompt: {prompt: row numbers}; and how many tokens must be computed packed and unpacked."
-    shared = {}
-    for i, p in enumerate(prompts): shared.setdefault(tuple(p), []).append(i)
-    P = max(map(len, prompts))
-    behind = max(sum(len(completions[i]) for i in rows) for rows in shared.values())
-    return shared, len(shared) * (P + behind), len(prompts) * (P + max(map(len, completions)))
+    "[(prompt, rows behind it)], with equal prompts as one or apart, whichever is less; and how many tokens are computed packed and unpacked."
+    equal, (P, T) = {}, (max(map(len, x)) for x in (prompts, completions))
+    for i, p in enumerate(prompts): equal.setdefault(tuple(p), []).append(i)
+    C = common_prefix(list(equal))
+    cost = lambda packs: C + len(packs) * (P - C + max(sum(len(completions[i]) for i in rows) for _, rows in packs))
+    best = min(list(equal.items()), [(tuple(p), [i]) for i, p in enumerate(prompts)], key=cost)
+    return best, cost(best), len(prompts) * (P + T)
 
 # %% ../nbs/02_sampling.ipynb #b0571cf4
-def _layout(prompts, completions, C):
+def _layout(packs, completions, C):
     "ids, positions, segment [B, P + behind]; source [N, T, 2] into [B, behind + 1]; targets and real [N, T]. The first C ids of every prompt are left out."
-    shared, T = _pack(prompts, completions)[0], max(map(len, completions))
-    P, behind = max(map(len, prompts)) - C, max(sum(len(completions[i]) for i in r) for r in shared.values())
-    ids, positions, segment = (torch.full((len(shared), P + behind), v) for v in (0, 0, -1))
-    source, targets = torch.zeros(len(prompts), T, 2, dtype=torch.long), torch.zeros(len(prompts), T, dtype=torch.long)
-    for b, (prompt, rows) in enumerate(shared.items()):
+    N, T = len(completions), max(map(len, completions))
+    P, behind = max(len(p) for p, _ in packs) - C, max(sum(len(completions[i]) for i in rows) for _, rows in packs)
+    ids, positions, segment = (torch.full((len(packs), P + behind), v) for v in (0, 0, -1))
+    source, targets = torch.zeros(N, T, 2, dtype=torch.long), torch.zeros(N, T, dtype=torch.long)
+    for b, (prompt, rows) in enumerate(packs):
         n, at = len(prompt) - C, P
         ids[b, P - n:P], positions[b, P - n:P], segment[b, P - n:P] = torch.tensor(prompt[C:]), torch.arange(C, C + n), 0
         for k, i in enumerate(rows, 1):
@@ -268,9 +269,9 @@ def shared_logprobs(
     long:int=512, # prompts of at least so many tokens get a pass of their own
 )->tuple: # log-probs [N, T] (0 where padded) and entropies [N, T]; differentiable
     "As `token_logprobs`, every distinct prompt computed once. Exact where `can_share`."
-    param = next(model.parameters())
-    cache, C = _root(model, list(dict.fromkeys(map(tuple, prompts))))
-    ids, positions, segment, source, targets, real, P = (x.to(param.device) if isinstance(x, torch.Tensor) else x for x in _layout(prompts, completions, C))
+    param, packs = next(model.parameters()), _pack(prompts, completions)[0]
+    cache, C = _root(model, [p for p, _ in packs])
+    ids, positions, segment, source, targets, real, P = (x.to(param.device) if isinstance(x, torch.Tensor) else x for x in _layout(packs, completions, C))
     seen = torch.cat([segment.new_zeros(len(ids), C), segment], 1) >= 0 # [B, C + L], not padding
     read = P - 1 if P > long else 0 # ids of each prompt's rest that get a pass of their own
     if read:
