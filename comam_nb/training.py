@@ -234,7 +234,7 @@ class RolloutTrainer(GRPOTrainer):
             m[f"malformed_{agent}"].append(bad[:, i].mean().item())
         m["cut_off"].append(cut.mean().item())
 
-# %% ../nbs/08_training.ipynb #d9ac10c4
+# %% ../nbs/08_training.ipynb #58af97a3
 class LostProcess(RuntimeError):
     "Another process of the run has ended; the message says where to go on."
 
@@ -280,7 +280,7 @@ def whole_weights(
             state._comm_ctx.post_forward_order.clear()
             for group in state._fsdp_param_groups: group._post_forward_indices.clear()
 
-# %% ../nbs/08_training.ipynb #58af97a3
+# %% ../nbs/08_training.ipynb #aa3aff43
 class CoMAMTrainer(RolloutTrainer):
     "Joint GRPO training of the three agents (CoMAM §4.3, Algorithm 1) on `trl.GRPOTrainer`; arguments as in `RolloutTrainer`."
     def _route(self, agent):
@@ -313,13 +313,13 @@ class CoMAMTrainer(RolloutTrainer):
         return tuple(torch.cat(p) if p[0] is not None else None for p in zip(*parts))
 
     def _packed(self, model, input_ids, attention_mask, logits_to_keep):
-        "Log-probs and entropies with each distinct prompt computed once; None where that is not exact or saves little."
+        "Log-probs and entropies with what prompts share computed once; None where that is not exact or, on a card, saves little."
         split = input_ids.size(1) - logits_to_keep
         rows = [[r[m.bool()].tolist() for r, m in zip(ids, mask)] for ids, mask in ((input_ids[:, :split], attention_mask[:, :split]), (input_ids[:, split:], attention_mask[:, split:]))]
         if not self.args.shared_prefix or not all(rows[1]): return None
         _, packed, plain = _pack(*rows)
         longest = max(len(p) + len(c) for p, c in zip(*rows))
-        if packed > 0.9 * plain or not can_share(self.agents[self._agent].policy.model.config, longest): return None
+        if (packed > 0.9 * plain and input_ids.device.type == "cuda") or not can_share(self.agents[self._agent].policy.model.config, longest): return None
         with self.accelerator.autocast(): logps, entropy = shared_logprobs(model, *rows, self.temperature)
         return (*(torch.nn.functional.pad(x, (0, logits_to_keep - x.size(1))) for x in (logps, entropy)), None)
 
@@ -331,7 +331,7 @@ class CoMAMTrainer(RolloutTrainer):
         else: super()._load_from_checkpoint(checkpoint, model)
         for p in trainable: p.requires_grad_(True) # PEFT loads all adapters but the active one as frozen
 
-# %% ../nbs/08_training.ipynb #aa3aff43
+# %% ../nbs/08_training.ipynb #9acd671d
 def save_agents(
     agents:dict, # name -> Agent
     folder:str|Path, # one subfolder per adapter, or per agent for separate policies
@@ -359,7 +359,7 @@ def load_agents(
         except RuntimeError as e: raise BackboneError(f"{path}: this adapter does not fit the model (other base, or other rank: set rank as in training)") from e
         if missed.unexpected_keys: raise BackboneError(f"{path}: this adapter was trained on another model: {missed.unexpected_keys[0]}")
 
-# %% ../nbs/08_training.ipynb #08567ad6
+# %% ../nbs/08_training.ipynb #19e13e7e
 class PrioritySampler:
     "Chooses episodes that taught something when they were last rolled out; one per run, with several processes an equal copy in each."
     def __init__(self,
@@ -391,7 +391,7 @@ class PrioritySampler:
         self.mean = sum(p for p, _ in self.known.values()) / len(self.known)
         self.highest = max(p for p, _ in self.known.values())
 
-# %% ../nbs/08_training.ipynb #9b56d460
+# %% ../nbs/08_training.ipynb #f1dd9b04
 def diagnose(
     metrics:list, # log lines of a run, as in metrics.jsonl
     last:int=20, # how many of the last lines to look at
