@@ -49,16 +49,16 @@ def build_bank(a, found):
     "Add everything in bulk."
     from comam_nb.memcollab.bank import ConstraintBank
     from comam_nb.memcollab.contrast import validate
-    made, spent, batch = Synthetic(a.subcategories, 1), 0, -(-a.entries // 4)
+    made, spent, batch = Synthetic(a.subcategories, 1), np.zeros(2), -(-a.entries // 4) # seconds: on the clock, of processor time
     with ConstraintBank(a.folder/"bank.db") as bank:
         for i in range(0, a.entries, batch):
             entries = made.entries(min(batch, a.entries - i), i)
-            spent += timed(bank.add, entries, check=False)[1][0] / 1000
+            spent += np.array(timed(bank.add, entries, check=False)[1]) / 1000
         sample = entries[:10_000]
         each = timed(lambda: [validate(c) for c in sample])[1][1] / 1000 / len(sample)
-    print(f"bulk add of {a.entries:,} entries, 4 calls: {spent:.0f} s; validation, which check=False skips: {1e6*each:.0f} us an entry, {each*a.entries:.0f} s for all "
+    print(f"bulk add of {a.entries:,} entries, 4 calls: {spent[0]:.0f} s, processor time {spent[1]:.0f} s; validation, which check=False skips: {1e6*each:.0f} us an entry, {each*a.entries:.0f} s for all "
           f"(from {len(sample):,}); file {(a.folder/'bank.db').stat().st_size >> 20} MB; peak memory {megabytes()} MB", flush=True)
-    found |= {"bulk": spent, "bulk_checked": spent + each*a.entries}
+    found |= {"bulk": spent.tolist(), "checking": each*a.entries}
 
 
 def simple(bank, query, how, s):
@@ -75,8 +75,6 @@ def simple(bank, query, how, s):
 
 def query_bank(a, found):
     "Retrieval, single additions, and the peers."
-    import bm25s
-    from sklearn.feature_extraction.text import TfidfVectorizer
     from comam_nb.memcollab.bank import ConstraintBank, bm25_scores, tfidf_scores
     made, rng = Synthetic(a.subcategories, 2), np.random.default_rng(3)
     bank, opened = timed(ConstraintBank, a.folder/"bank.db")
@@ -105,6 +103,8 @@ def query_bank(a, found):
     found["one"] = show("add one entry (validated, on the disk when it returns)", one)
     show("  the next retrieve in its bucket, which finds it", then)
 
+    import bm25s # only now: what a process has imported costs time in every garbage collection
+    from sklearn.feature_extraction.text import TfidfVectorizer
     cut = dict(stopwords=None, show_progress=False)
     print(f"side by side, taking turns; bm25s {bm25s.__version__} has the bucket in memory and gives texts; the bank gives entries from the file, provenance and reasons")
     several = rng.integers(a.subcategories, size=10).tolist()
@@ -206,7 +206,7 @@ def main():
         f = json.loads((Path(folder)/"found.json").read_text())
     print(f"\nretrieve, warm: p50 {f['warm'][0]:.2f} ms, p99 {f['warm'][2]:.2f} ms, in processor time {f['warm'][1]:.2f} and {f['warm'][3]:.2f} (targets 1 and 5)")
     print(f"retrieve, after opening: p50 {f['mixed'][0]:.2f} ms, p99 {f['mixed'][2]:.2f} ms, in processor time {f['mixed'][1]:.2f} and {f['mixed'][3]:.2f} (targets 1 and 5)")
-    print(f"bulk add: {f['bulk']:.0f} s, with validation {f['bulk_checked']:.0f} s (target 300); one entry: p50 {f['one'][0]:.2f} ms, in processor time {f['one'][1]:.2f} (target 2)")
+    print(f"bulk add: {f['bulk'][0]:.0f} s, in processor time {f['bulk'][1]:.0f} s; validation, if wanted, another {f['checking']:.0f} s (target 300); one entry: p50 {f['one'][0]:.2f} ms, in processor time {f['one'][1]:.2f} (target 2)")
     print(f"search: p50 {f['search'][0]:.2f} ms within a user, p50 {f['search_mixed'][0]:.2f} ms over random users (target 2)")
     print(f"retrieve vs scikit-learn over the whole bank: {f['sklearn'][0]/f['ours'][0]:.0f}x")
     print(f"retrieve vs bm25s over the same bucket: {f['bm25s tfidf'][0]/f['tfidf'][0]:.2f}x with tfidf, {f['bm25s bm25'][0]/f['bm25'][0]:.2f}x with bm25")

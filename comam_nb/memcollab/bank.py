@@ -204,6 +204,9 @@ class Packed:
             get, counts = self.lists.find if self._asked[0] is None else self.place.get, Counter(words(query)) # a dict pays from the second query on
             self._asked = query, [(w, t, counts[w]) for w in sorted(counts) if (t := get(w)) is not None]
         return self._asked[1]
+    def known(self, query:str)->tuple: # int64 [k] terms, float64 [k] how often
+        found = self.terms(query)
+        return np.array([t for _, t, _ in found], np.int64), np.array([c for _, _, c in found], float)
     @cached_property
     def place(self)->dict: return {word: i for i, word in enumerate(self.lists.names)}
     def _per_word(self, f)->np.ndarray: # float64 [words], f(n, df)
@@ -222,27 +225,26 @@ class Packed:
         lengths = np.bincount(docs, tf, minlength=self.n)
         return np.repeat(self._per_word(lucene_idf), self.df) * tf * (k1 + 1) / (tf + k1 * (1 - b + b * lengths[docs] * self.n / lengths.sum()))
     def sum(self,
-        values:np.ndarray, # float64 [postings]
-        weights:list,      # (term, weight) in alphabetical order
+        values:np.ndarray,  # float64 [postings]
+        terms:np.ndarray,   # int64 [k], in alphabetical order
+        weights:np.ndarray, # float64 [k], of the terms
     )->np.ndarray: # float64 [documents]
-        "Weighted sum of posting lists, added in the order of `weights`."
-        if not weights: return np.zeros(self.n)
-        terms = np.array([t for t, _ in weights])
+        "Weighted sum of posting lists, added in the order of `terms`."
+        if not len(terms): return np.zeros(self.n)
         spans = [slice(a, z) for a, z in zip(self.lists.starts[terms].tolist(), self.lists.starts[terms + 1].tolist())]
         parts = np.concatenate([values[s] for s in spans])
-        parts *= np.repeat([float(w) for _, w in weights], self.df[terms])
+        parts *= np.repeat(weights, self.df[terms])
         return np.bincount(np.concatenate([self.lists.docs[s] for s in spans]), parts, minlength=self.n)
 
 # %% ../../nbs/memcollab/04_bank.ipynb #51db771f
 def packed_tfidf(index, query:str)->np.ndarray: # float64 [documents]
     "`tfidf_scores` from a `Packed` index."
-    if not (found := index.terms(query)): return np.zeros(index.n)
-    weights = [count * idf for (_, _, count), idf in zip(found, index.idfs[[t for _, t, _ in found]].tolist())]
-    length = math.sqrt(sum(w*w for w in weights))
-    return index.sum(index.unit, [(t, w / length) for (_, t, _), w in zip(found, weights)])
+    terms, counts = index.known(query)
+    weights = counts * index.idfs[terms]
+    return index.sum(index.unit, terms, weights / (math.sqrt(sum((weights * weights).tolist())) or 1))
 def packed_bm25(index, query:str)->np.ndarray: # float64 [documents]
     "`bm25_scores` from a `Packed` index."
-    return index.sum(index.saturated, [(t, c) for _, t, c in index.terms(query)]) if index.n else np.zeros(0)
+    return index.sum(index.saturated, *index.known(query)) if index.n else np.zeros(0)
 
 # %% ../../nbs/memcollab/04_bank.ipynb #4f7b9788
 BANK_SCHEMA = (
