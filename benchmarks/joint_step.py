@@ -8,7 +8,7 @@ SmolLM2-135M in bfloat16, three agents, one episode, groups of G = 8, 64 new tok
 all linear layers (TRL one, CoMAMTrainer one per agent) and see the same 24 rows: one prompt per agent, eight completions each. CoMLRL has no LoRA: it
 trains three whole models, as its documentation sets them up. In CoMAM's own process only the extraction agent's group shares its prompt for sure; a last run
 gives every rollout of the two other agents a prompt of its own, which has only its instruction (--common of its tokens) in common with the others.
-Every system runs in a process of its own, so that peak memory (resident set) is its own."""
+Every system runs in a process of its own, so that peak memory (resident set; on a card, what was allocated there) is its own."""
 import argparse, importlib.metadata, json, os, resource, statistics, subprocess, sys, tempfile, time, warnings
 
 NAMES = ("extraction", "profile", "retrieval")
@@ -48,7 +48,7 @@ def run_trl(a):
     rows, times = [{"prompt": t} for t in texts(tok, a.prompt).values()] * a.steps, clock()
     micro = a.micro or a.G
     config = GRPOConfig(a.out, per_device_train_batch_size=micro, gradient_accumulation_steps=3 * a.G // micro, num_generations=a.G, max_steps=a.steps, max_completion_length=a.new,
-                        generation_kwargs={"min_new_tokens": a.new}, bf16=True, use_cpu=True, report_to="none", beta=0.0, learning_rate=1e-5, save_strategy="no",
+                        generation_kwargs={"min_new_tokens": a.new}, bf16=True, use_cpu=not torch.cuda.is_available(), report_to="none", beta=0.0, learning_rate=1e-5, save_strategy="no",
                         shuffle_dataset=False, disable_tqdm=True, gradient_checkpointing=False)
     trainer = GRPOTrainer(model=AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16), reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions], args=config,
                           train_dataset=Dataset.from_list(rows), processing_class=tok, peft_config=LoraConfig(r=16, target_modules="all-linear"), callbacks=[times])
@@ -64,7 +64,7 @@ def run_comlrl(a):
     models, prompts = [AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16) for _ in NAMES], texts(tok, a.prompt)
     for m in models: m.generation_config.min_new_tokens = a.new
     config = MAGRPOConfig(num_train_epochs=1, num_agents=3, num_generations=a.G, max_new_tokens=a.new, num_turns=1, rollout_buffer_size=a.G, train_batch_size=a.G,
-                          temperature=1.0, top_p=1.0, top_k=50, agent_devices="cpu", eval_interval=0)
+                          temperature=1.0, top_p=1.0, top_k=50, agent_devices="cuda" if torch.cuda.is_available() else "cpu", eval_interval=0)
     trainer = MAGRPOTrainer(agents=models, num_agents=3, tokenizer=tok, train_dataset=Dataset.from_list([{"prompt": "x"}] * a.steps), args=config,
                             reward_func=lambda *c, **_: [float(i % 3) for i in range(len(c[0]))], formatters=[lambda x, t=t: t for t in prompts.values()])
     start = time.perf_counter(); trainer.train()
@@ -78,7 +78,7 @@ def run_comam(a):
     from comam_nb.training import CoMAMConfig, CoMAMTrainer, make_agents
     class Endless(Backbone):
         eos_ids, stop = (), "" # all write --new tokens, as the others do
-    loaded = load_backbone(a.model, dtype="bfloat16", device="cpu", chat=False, verbose=False)
+    loaded = load_backbone(a.model, dtype="bfloat16", chat=False, verbose=False)
     agents, times = make_agents(Endless(loaded.model, loaded.tokenizer, loaded.adapters), r=16, **{n: {"max_new_tokens": a.new} for n in NAMES}), clock()
     tok, fixed, asked = loaded.tokenizer, texts(loaded.tokenizer, a.prompt), {n: 0 for n in NAMES}
     def prompt(name):
@@ -90,7 +90,7 @@ def run_comam(a):
         return said
     for name, agent in agents.items(): agent.prompt = prompt(name)
     rewards = lambda groups: (torch.rand(len(groups), 3, a.G), torch.rand(len(groups), a.G))
-    config = CoMAMConfig(a.out, max_steps=a.steps, episodes_per_step=1, num_generations=a.G, max_completion_length=a.new, learning_rate=1e-5, bf16=True, use_cpu=True, disable_tqdm=True,
+    config = CoMAMConfig(a.out, max_steps=a.steps, episodes_per_step=1, num_generations=a.G, max_completion_length=a.new, learning_rate=1e-5, bf16=True, use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
                          shared_prefix=not a.naive)
     CoMAMTrainer(agents, [example_episode()], rewards, config, callbacks=[times]).train()
     return times.seconds
@@ -108,7 +108,9 @@ def child(system, settings):
     os.environ.update(WANDB_MODE="disabled", TRL_EXPERIMENTAL_SILENCE="1", HF_HUB_OFFLINE="1"); warnings.filterwarnings("ignore")
     a = argparse.Namespace(**json.loads(settings))
     with tempfile.TemporaryDirectory() as a.out: seconds = SYSTEMS[system](a)
-    print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]))
+    import torch
+    peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(json.dumps([seconds, peak]))
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]: child(*sys.argv[2:]); sys.exit()
