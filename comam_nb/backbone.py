@@ -10,6 +10,7 @@ __all__ = ['pick_device', 'pick_dtype', 'BackboneError', 'Backbone', 'prompt_ids
 import os, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -186,18 +187,14 @@ def without_adapters(
 def merged_adapter(
     model:torch.nn.Module, # a PeftModel with LoRA adapters; any other model is left alone
 ):
-    "Fold the active adapter into the base for a while; costs a copy of the adapted weights. For reading only: nothing can be trained meanwhile."
-    if not hasattr(model, "peft_config"): yield; return
-    name = model.active_adapter
-    layers = [m for m in model.modules() if name in getattr(m, "lora_A", ())]
-    kept = [l.base_layer.weight.detach().clone() for l in layers]
+    "Compute with the sum of base and active adapter for a while; costs a copy of the adapted weights."
+    name = getattr(model, "active_adapter", None) if hasattr(model, "peft_config") else None
+    layers = [m for m in model.modules() if name in getattr(m, "lora_A", ()) and isinstance(m.base_layer, torch.nn.Linear)]
     try:
-        with torch.no_grad():
-            for l in layers: l.base_layer.weight.add_(l.get_delta_weight(name))
-        with without_adapters(model): yield
+        for l in layers: l.forward = partial(torch.nn.functional.linear, weight=l.base_layer.weight + l.get_delta_weight(name), bias=l.base_layer.bias)
+        yield
     finally:
-        with torch.no_grad():
-            for l, w in zip(layers, kept): l.base_layer.weight.copy_(w)
+        for l in layers: l.__dict__.pop("forward", None)
 
 # %% ../nbs/01_backbone.ipynb #afbcb926
 @torch.no_grad()

@@ -377,12 +377,12 @@ def _run_chain(make_system, chain, run, match):
     try:
         for e in chain:
             building = building or dict(seconds=0.0, read=0, written=0, sessions=0)
-            for session in news(e.history, seen):
+            if new := news(e.history, seen):
                 start, before = _clock(system), _spent(system.usage)
-                system.observe(session)
+                system.observe_all(new)
                 read, written, _ = map(int, _spent(system.usage) - before)
                 building = dict(seconds=round(building["seconds"] + _clock(system) - start, 4), read=building["read"] + read,
-                                written=building["written"] + written, sessions=building["sessions"] + 1)
+                                written=building["written"] + written, sessions=building["sessions"] + len(new))
             seen = len(e.turns)
             if e.id in run.done:
                 if getattr(system, "asking_changes", False): system.answer(e.query, e.options)
@@ -423,7 +423,8 @@ class CoMAMSystem(MemorySystem):
         super().__init__(agents, embedder=embedder, temperature=temperature, k=k, **kwargs)
         self.assistant = Assistant(agents, MemoryStore(embedder=self.embedder), user, temperature, k)
         self.usage = self.assistant.usage
-    def observe(self, session:Session): self.assistant.observe(session); self.sessions += 1
+    def observe(self, session:Session): self.observe_all([session])
+    def observe_all(self, sessions, batch_size=16): self.sessions += len(self.assistant.observe_all(sessions, batch_size))
     def memory(self)->tuple: return tuple(Note(i.text, tuple(i.cites)) for g in ("fine", "coarse") for i in self.assistant.store.items(self.assistant.user, g))
     def answer(self, query, options=None)->Answer:
         if not self.sessions: raise DataError(f"{self.name}: the history is empty: observe a session before the first question")

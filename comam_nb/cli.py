@@ -259,10 +259,11 @@ def answer(args)->int: # exit code
     if args.adapters: load_agents(agents, args.adapters)
     with MemoryStore(args.memory or ":memory:") as store:
         assistant = Assistant(agents, store, user=args.user)
-        for n, session in enumerate(history, 1):
-            stored = assistant.observe(session)
-            split = f" in {assistant.pieces} pieces, because they are longer than the model reads at once" if assistant.pieces > 1 else ""
-            print(f"session {n} of {len(history)}: {len(session.messages)} turns{split}, {len(stored)} facts stored", flush=True)
+        for start in range(0, len(history), 64): # what was read is stored now and then, not only at the end
+            part = history[start:start + 64]
+            for n, (session, stored, pieces) in enumerate(zip(part, assistant.observe_all(part, args.batch_size), assistant.pieces), start + 1):
+                split = f" in {pieces} pieces, because they are longer than the model reads at once" if pieces > 1 else ""
+                print(f"session {n} of {len(history)}: {len(session.messages)} turns{split}, {len(stored)} facts stored", flush=True)
         assistant.reflect()
         _show_items("fine-grained memory", store.items(args.user, "fine"))
         _show_items("coarse-grained memory", store.items(args.user, "coarse"))
@@ -465,6 +466,7 @@ def parser()->argparse.ArgumentParser:
     a.add_argument("--adapters", help="weights directory of a training run")
     a.add_argument("--memory", help="file to keep the memory in (default: RAM)")
     a.add_argument("--user", default="user", help="whose memory, and whose history in a file of several users (default user)")
+    a.add_argument("--batch-size", type=int, default=16, help="sessions that are read side by side, for memory and speed (default 16)")
     a.add_argument("--max-new-tokens", type=int, default=192, help="tokens that an agent may write (default 192)")
     _add_model_arguments(a)
     _bench_parsers(sub)

@@ -253,7 +253,7 @@ def renumber(
 # %% ../nbs/13_memory_r1.ipynb #529132ad
 class MemoryR1(MemorySystem):
     "Memory-R1-style (arXiv 2508.19828): operations on a lasting memory. Without PPO, and with one call per session instead of one per fact."
-    name = "memory-r1"
+    name, reads_alone = "memory-r1", True
     def __init__(self, agents, *,
         similar:int=3, # stored items that the manager is shown for each fact
         **kwargs):

@@ -9,7 +9,7 @@ __all__ = ['POLICIES', 'grpo_loss', 'make_agents', 'SeparatePolicies', 'trained_
 
 # %% ../nbs/08_training.ipynb #2eb8a073
 import json, os, random, re, signal, time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from .agents import ExtractionAgent, ProfileAgent, RetrievalAgent
-from .backbone import Backbone, BackboneError, add_adapters, use_adapter
+from .backbone import Backbone, BackboneError, add_adapters, merged_adapter, use_adapter
 from .credit import CreditError, assign, group_advantages
 from .mdp import AGENTS, rollout
 from .sampling import _pack, can_share, shared_logprobs
@@ -264,7 +264,7 @@ def _train(self, *args, **kwargs):
 
 RolloutTrainer.train = _train
 
-# %% ../nbs/08_training.ipynb #858bb063
+# %% ../nbs/08_training.ipynb #8e44e3ff
 @contextmanager
 def whole_weights(
     model:torch.nn.Module, # as the trainer holds it
@@ -281,7 +281,7 @@ def whole_weights(
             state._comm_ctx.post_forward_order.clear()
             for group in state._fsdp_param_groups: group._post_forward_indices.clear()
 
-# %% ../nbs/08_training.ipynb #aa3aff43
+# %% ../nbs/08_training.ipynb #9585898a
 class CoMAMTrainer(RolloutTrainer):
     "Joint GRPO training of the three agents (CoMAM §4.3, Algorithm 1) on `trl.GRPOTrainer`; arguments as in `RolloutTrainer`."
     def _route(self, agent):
@@ -321,8 +321,16 @@ class CoMAMTrainer(RolloutTrainer):
         _, packed, plain = _pack(*rows)
         longest = max(len(p) + len(c) for p, c in zip(*rows))
         if (packed > 0.9 * plain and input_ids.device.type == "cuda") or not can_share(self.agents[self._agent].policy.model.config, longest): return None
-        with self.accelerator.autocast(): logps, entropy = shared_logprobs(model, *rows, self.temperature)
+        with self.accelerator.autocast(), self._folded(model):
+            logps, entropy = shared_logprobs(model, *rows, self.temperature)
         return (*(torch.nn.functional.pad(x, (0, logits_to_keep - x.size(1))) for x in (logps, entropy)), None)
+
+    def _folded(self, model):
+        "Where a layer is hardly larger than its adapter, one product with their sum costs less than three."
+        plain = self.accelerator.unwrap_model(model)
+        r = max((c.r for c in getattr(plain, "peft_config", {}).values()), default=0)
+        small = r and plain.config.hidden_size <= 8 * r and plain.dtype == torch.float32 and not self.args.bf16 and not self.is_fsdp_enabled
+        return merged_adapter(plain) if small else nullcontext()
 
     def _load_from_checkpoint(self, checkpoint, model=None):
         if self.is_fsdp_enabled: raise CreditError(f"{checkpoint}: a run under FSDP cannot be resumed, because Accelerate writes the active adapter only: start again")
@@ -332,7 +340,7 @@ class CoMAMTrainer(RolloutTrainer):
         else: super()._load_from_checkpoint(checkpoint, model)
         for p in trainable: p.requires_grad_(True) # PEFT loads all adapters but the active one as frozen
 
-# %% ../nbs/08_training.ipynb #9acd671d
+# %% ../nbs/08_training.ipynb #656be2be
 def save_agents(
     agents:dict, # name -> Agent
     folder:str|Path, # one subfolder per adapter, or per agent for separate policies
@@ -360,7 +368,7 @@ def load_agents(
         except RuntimeError as e: raise BackboneError(f"{path}: this adapter does not fit the model (other base, or other rank: set rank as in training)") from e
         if missed.unexpected_keys: raise BackboneError(f"{path}: this adapter was trained on another model: {missed.unexpected_keys[0]}")
 
-# %% ../nbs/08_training.ipynb #19e13e7e
+# %% ../nbs/08_training.ipynb #3b48634c
 class PrioritySampler:
     "Chooses episodes that taught something when they were last rolled out; one per run, with several processes an equal copy in each."
     def __init__(self,
@@ -392,7 +400,7 @@ class PrioritySampler:
         self.mean = sum(p for p, _ in self.known.values()) / len(self.known)
         self.highest = max(p for p, _ in self.known.values())
 
-# %% ../nbs/08_training.ipynb #f1dd9b04
+# %% ../nbs/08_training.ipynb #694f66a7
 def diagnose(
     metrics:list, # log lines of a run, as in metrics.jsonl
     last:int=20, # how many of the last lines to look at

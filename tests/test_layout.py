@@ -93,14 +93,18 @@ def test_forbidden_finds_what_it_looks_for():
     assert list(forbidden(ast.parse(good), PACKAGE / "x.py")) == []
 
 
-def test_import_is_light():
-    code = "import sys, comam_nb; print([m for m in ('torch', 'transformers', 'trl', 'peft', 'datasets', 'numpy', 'matplotlib', 'faiss') if m in sys.modules])"
+HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "matplotlib", "faiss", "openai", "sklearn", "tqdm")
+
+@pytest.mark.parametrize("module", ["comam_nb", "comam_nb.cli", "comam_nb.memcollab", "comam_nb.memcollab.cli"])
+def test_import_is_light(module):
+    code = f"import sys, {module}; print([m for m in {HEAVY} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-def test_comam_help_does_not_wait_for_torch():
-    code = "import sys\nfrom comam_nb.cli import parser\nparser()\nprint('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+@pytest.mark.parametrize("module", ["comam_nb.cli", "comam_nb.memcollab.cli"])
+def test_help_loads_nothing_heavy(module):
+    code = f"import sys\nfrom {module} import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint([m for m in {HEAVY} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()[-1] == "[]"
 
 
 @each_module

@@ -261,6 +261,17 @@ def test_options_reach_the_server(place, server, monkeypatch):
     assert sum(b["messages"][0] == {"role": "system", "content": "Be brief."} for b in bodies) == 6
 
 
+def test_several_endpoints(place, server, capsys):
+    other = type(server)(); other.answer = answer
+    spec = f"{server.url},{other.url}#m"
+    assert main(["build", "--bank", place.bank, "--tasks", place.tasks, "--weak", f"plain:{spec}", "--strong", f"cot:{spec}", *place.fast]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"2 endpoints of m: 127.0.0.1:{server.server_port} \d+ answers; 127.0.0.1:{other.server_port} \d+ answers", out) and server.log and other.log
+    assert len(server.log) + len(other.log) == 18 and entries(place.bank)[0][1] == 6
+    assert main(place.build) == 0 and len(server.log) + len(other.log) == 18 # with one of them alone: nothing is asked again
+    other.shutdown(); other.server_close()
+
+
 def test_rate_limit(place, server, monkeypatch):
     from comam_nb.memcollab import trajectories
     old = trajectories.RateLimit.__init__

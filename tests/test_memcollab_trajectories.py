@@ -267,6 +267,110 @@ def test_two_endpoints_work_at_the_same_time(server):
     other.shutdown(); other.server_close()
 
 
+# ---- several endpoints ------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def servers():
+    some = [Server() for _ in range(3)]
+    yield some
+    for s in some: s.hold.set(); s.shutdown(); s.server_close()
+
+def pooled(servers, **options): return T.EndpointPool([s.chat(**{"workers": 2, **options}) for s in servers])
+def nobody():
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); return EndpointChat(f"http://127.0.0.1:{s.getsockname()[1]}/v1", "m", backoff=0.01, retries=2, workers=2)
+
+
+def test_all_endpoints_work_at_the_same_time_and_none_has_more_than_its_places(servers, tmp_path):
+    meeting = threading.Barrier(6, timeout=10)
+    def meet(h): n = h.server.log[-1][1].split()[-1]; meeting.wait(); h.send(200, completion(rf"\boxed{{{n}}}"))
+    for s in servers: s.moods = [meet, meet] # the first six requests wait for each other: fewer at once, and none would end
+    out = solve(numbers(30), plain(pooled(servers)), tmp_path / "t.jsonl")
+    assert [t.task_id for t in out] == [f"n{i}" for i in range(30)]
+    assert all(s.log and s.most_busy <= 2 for s in servers) and sum(len(s.log) for s in servers) == 30
+
+
+def test_a_slow_endpoint_gets_less_and_holds_nobody_up(servers):
+    gate = threading.Event()
+    def late(h): gate.wait(10); h.send(200, completion(h.server.answer(h.server.log[-1][1])))
+    servers[0].moods = [late, late] # its two places are taken until all others are done
+    done = []
+    def answer(prompt):
+        done.append(prompt)
+        if len(done) == 28: gate.set()
+        return rf"\boxed{{{prompt.split()[-1]}}}"
+    servers[1].answer = servers[2].answer = answer
+    out = solve(numbers(30), plain(pooled(servers)))
+    assert len(servers[0].log) == 2 and len(out) == 30 and servers[1].log and servers[2].log
+
+
+def test_a_dead_endpoint_is_survived_and_said_once(servers, tmp_path):
+    servers[1].always = 500
+    pool = T.EndpointPool([servers[0].chat(workers=2), servers[1].chat(workers=2, retries=1), nobody()])
+    with pytest.warns(UserWarning, match=r"down after .* of 3 endpoints go on") as said: out = solve(numbers(40), plain(pool, "a"), tmp_path / "t.jsonl")
+    assert [t.task_id for t in out] == [f"n{i}" for i in range(40)] and all(t.right for t in out)
+    assert [p.answers for p in pool.posts] == [40, 0, 0] and all(p.failures for p in pool.posts[1:]) and len(said) <= 2
+    assert len(load_trajectories(tmp_path / "t.jsonl")) == 40 and "down (" in str(pool)
+
+
+def test_a_wrong_key_at_one_endpoint_takes_only_that_one_out(servers):
+    servers[0].always = 401
+    with pytest.warns(UserWarning, match="2 of 3 endpoints go on"): out = solve(numbers(20), plain(pooled(servers)))
+    assert len(out) == 20 and len(servers[0].log) <= 2 # those that were under way together
+
+
+def test_an_endpoint_that_comes_back_gets_work_again(servers):
+    servers[0].moods = [503, 503]
+    pool, back = pooled(servers[:2], retries=0, backoff=0.001), threading.Event()
+    def wait(h): back.wait(10); h.send(200, completion(r"\boxed{0}"))
+    plainly = servers[0].answer
+    def answered(prompt): back.set(); return plainly(prompt)
+    servers[0].answer = lambda prompt: answered(prompt) if not servers[0].moods else plainly(prompt)
+    with warnings.catch_warnings(): warnings.simplefilter("ignore"); out = solve(numbers(200), plain(pool))
+    assert len(out) == 200 and pool.posts[0].answers > 0 and pool.posts[0].failures <= 2
+
+
+def test_when_all_are_dead_nothing_is_lost_and_the_same_call_goes_on(servers, tmp_path):
+    path = tmp_path / "t.jsonl"
+    for s in servers: s.moods, s.always = ["well"] * 3, 500
+    pool = pooled(servers, retries=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ChatDown, match=r"9 trajectories are recorded in .*, 31 are missing .*no endpoint answers .*InternalServerError") as e: solve(numbers(40), plain(pool), path)
+    assert "\n" not in str(e.value) and len(load_trajectories(path)) == 9
+    assert sum(len(s.log) for s in servers) <= 9 + 3 * 2 * 2 + 6 # nobody asks dead servers 31 times
+    for s in servers: s.always = None
+    out = solve(numbers(40), plain(pool), path) # the same object, at once
+    assert len(out) == 40 and sum(m == "well" for s in servers for *_, m, _ in s.log) == 40
+    assert solve(numbers(40), plain(servers[0].chat()), path) == out # one endpoint instead of three: the same solver, nothing is asked again
+
+
+def test_seeds_and_order_do_not_depend_on_who_answers(servers, tmp_path):
+    asked = lambda some: sorted((p, b.get("seed")) for s in some for _, p, _, b in s.log)
+    out = solve(numbers(12), plain(pooled(servers), temperature=0.7), samples=2)
+    single = Server()
+    alone = solve(numbers(12), plain(single.chat(), temperature=0.7), samples=2)
+    assert asked(servers) == asked([single]) and [(t.key, t.messages, t.setup) for t in out] == [(t.key, t.messages, t.setup) for t in alone]
+    single.shutdown(); single.server_close()
+
+
+def test_one_poisonous_prompt_does_not_end_the_run_for_the_others(servers, tmp_path):
+    "Every server fails at one prompt. Each failure is followed by other requests' answers, so nobody is down for good."
+    for s in servers:
+        s.answer = lambda prompt: (_ for _ in ()).throw(OSError()) if prompt.endswith(" 3") else rf"\boxed{{{prompt.split()[-1]}}}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ChatDown) as e: solve(numbers(60), plain(pooled(servers, retries=1, timeout=1)), tmp_path / "t.jsonl")
+    assert "n3" not in {t.task_id for t in e.value.done} and len(e.value.done) == len(load_trajectories(tmp_path / "t.jsonl"))
+
+
+def test_pools_that_cannot_be(servers):
+    with pytest.raises(MemCollabError, match="named twice"): open_chat(f"{servers[0].url},{servers[0].url}#m")
+    with pytest.raises(MemCollabError, match="no http address"): open_chat(f"{servers[0].url},replay:x#m")
+    with pytest.raises(MemCollabError, match="an empty address"): open_chat(f"{servers[0].url},#m")
+    with pytest.raises(MemCollabError, match="which model"): open_chat(f"{servers[0].url},{servers[1].url}")
+    pool = open_chat(f"{servers[0].url}, {servers[1].url}#m", workers=3)
+    assert pool.workers == 6 and pool.name == "m" and Solver("a", pool).setup == Solver("a", servers[2].chat()).setup
+
+
 # ---- runs -----------------------------------------------------------------------------------------------------------------------
 def test_a_run_through_all_troubles_loses_nothing_and_repeats_nothing(server, tmp_path):
     server.moods = [500, "cut", "well", "html", lambda h: h.send(429, retry_after="0.1"), "reset", b"{", "well", 503, "cut chunks"]

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BENCHMARKS', 'MATCHES', 'EVAL_ARMS', 'RANKINGS', 'SPEC', 'tasks_for', 'tree_for', 'sort_task', 'sort_tasks',
            'read_solver', 'Models', 'make_solver', 'make_solvers', 'Together', 'beside', 'look_at_bank', 'attempt',
-           'report_attempts', 'recorder', 'distill_pairs', 'put', 'build_roles', 'build', 'sorter', 'check_place',
-           'build_report', 'recaller', 'retrieval_settings', 'say_memory', 'any_tree', 'labels_for', 'matched',
-           'show_hits', 'answer', 'open_agent', 'solve_tasks', 'eval_arms', 'arm_names', 'evaluate_bank', 'show',
-           'demo', 'OneLineParser', 'parser', 'main']
+           'report_attempts', 'say_endpoints', 'recorder', 'distill_pairs', 'put', 'build_roles', 'build', 'sorter',
+           'check_place', 'build_report', 'recaller', 'retrieval_settings', 'say_memory', 'any_tree', 'labels_for',
+           'matched', 'show_hits', 'answer', 'open_agent', 'solve_tasks', 'eval_arms', 'arm_names', 'evaluate_bank',
+           'show', 'demo', 'OneLineParser', 'parser', 'main']
 
 # %% ../../nbs/memcollab/07_cli.ipynb #dcbb79d1
 import argparse, json, os, sys, threading, time, warnings
@@ -193,7 +193,7 @@ def attempt(
         names, hashes = {s.name for s in solvers.values()}, {t.hash for t in tasks}
         there = sum(t.solver in names and t.task_hash in hashes for t in load_trajectories(path))
         if there: print(f"{path} holds {there} attempts at these tasks already", flush=True)
-    return solve(tasks, [*solvers.values()], path, memory=memory, samples=args.samples, workers=args.workers, progress=False if args.quiet else None)
+    return solve(tasks, [*solvers.values()], path, memory=memory, samples=args.samples, progress=False if args.quiet else None)
 
 # %% ../../nbs/memcollab/07_cli.ipynb #c133e55c
 def report_attempts(
@@ -206,7 +206,14 @@ def report_attempts(
         own = [t for t in trajectories if t.solver == s.name]
         out[role] = dict(name=s.name, right=sum(t.right for t in own), attempts=len(own), errors=sum(bool(t.error) for t in own), tokens=sum(t.completion_tokens for t in own))
         print("{}: {name}: {right} of {attempts} right, {tokens} tokens written".format(role, **out[role]) + (", {errors} without an answer".format(**out[role]) if out[role]["errors"] else ""))
+    say_endpoints(s.chat for s in solvers.values())
     return out
+
+# %% ../../nbs/memcollab/07_cli.ipynb #03580667
+def say_endpoints(chats)->None:
+    "For models behind several endpoints: what each of them did."
+    for chat in dict.fromkeys(chats):
+        if hasattr(chat, "posts"): print(f"{len(chat.posts)} endpoints of {chat}")
 
 # %% ../../nbs/memcollab/07_cli.ipynb #705619ad
 def recorder(
@@ -444,11 +451,12 @@ def evaluate_bank(args)->int: # exit code
         solver = open_agent(args)
         tasks = sort_tasks(tasks, sorter(args, solver.chat), args.domain)
         if not len(bank): print(f"{args.bank} is empty: all arms go on without memory")
-        folder, running = Path(args.out or Path(args.bank).with_suffix(".eval")), dict(workers=args.workers, progress=False if args.quiet else None)
+        folder, running = Path(args.out or Path(args.bank).with_suffix(".eval")), dict(progress=False if args.quiet else None)
         results = sum(run_arms([], tasks, [solver], eval_arms(args.arms, bank, args), folder, seed=i, bank=bank, leave_one_out=args.leave_one_out,
                                running=running, p=args.p, K=args.K, identity=args.identity) for i in range(args.seeds))
         for arm, about in results.about.items(): print(f"{arm}: {about}")
         print(f"\n{results}\n\n{say_memory(bank.counts)}; trajectories are in {folder}; {time.time() - start:.0f} s")
+        say_endpoints([solver.chat])
     if args.report: results.save(args.report)
     return 0
 
@@ -497,7 +505,7 @@ def _model_arguments(p, samples=True):
     p.add_argument("--max-turns", type=int, default=6, help="messages of an agent that runs code (default 6)")
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default 0)")
     if samples: p.add_argument("--samples", type=int, default=1, help="attempts of each solver at each task (default 1)")
-    p.add_argument("--workers", type=int, default=4, help="requests to an endpoint at once (default 4)")
+    p.add_argument("--workers", type=int, default=4, help="requests to each endpoint at once (default 4)")
     p.add_argument("--requests-per-minute", type=int, help="rate limit of each endpoint (default none)")
     p.add_argument("--timeout", type=float, default=60.0, help="seconds per request (default 60)")
     p.add_argument("--retries", type=int, default=4, help="tries after a failed one (default 4)")
@@ -534,7 +542,7 @@ def _label_arguments(p):
     p.add_argument("--category", help="of the question (default: found)")
     p.add_argument("--subcategory", help="of the question, with --category")
 
-SPEC = "[STYLE:]SPEC; a SPEC is a model directory, a .gguf file or a hub id; http://host:port/v1#MODEL; or replay:FILE"
+SPEC = "[STYLE:]SPEC; a SPEC is a model directory, a .gguf file or a hub id; http://host:port/v1#MODEL, or several addresses with commas, http://a/v1,http://b/v1#MODEL; or replay:FILE"
 
 def _build_parser(sub):
     p = sub.add_parser("build", help="solve training tasks and distil lessons into a bank; run it again to go on")

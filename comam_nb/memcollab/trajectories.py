@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TOO_MUCH', 'MAX_BYTES', 'MAX_WAIT', 'SPEC_HELP', 'INSTRUCTIONS', 'STYLES', 'FENCE', 'FINAL', 'Reply', 'Chat',
-           'ChatDown', 'RateLimit', 'retry_after', 'parse_completion', 'judge', 'EndpointChat', 'chat_ids', 'LocalChat',
-           'text_hash', 'read_lines', 'lock_file', 'append_line', 'Journal', 'request_key', 'ReplayChat',
-           'RecordingChat', 'open_chat', 'with_memory', 'Solver', 'wants_code', 'split_action', 'feedback', 'storable',
-           'Attempt', 'take_turn', 'final_text', 'Trajectory', 'to_trajectory', 'Lane', 'work', 'check_solvers',
-           'load_trajectories', 'solve', 'Html', 'side_by_side']
+           'ChatDown', 'RateLimit', 'retry_after', 'parse_completion', 'judge', 'EndpointChat', 'Post', 'EndpointPool',
+           'chat_ids', 'LocalChat', 'text_hash', 'read_lines', 'lock_file', 'append_line', 'Journal', 'request_key',
+           'ReplayChat', 'RecordingChat', 'open_chat', 'with_memory', 'Solver', 'wants_code', 'split_action',
+           'feedback', 'storable', 'Attempt', 'take_turn', 'final_text', 'Trajectory', 'to_trajectory', 'Lane', 'work',
+           'check_solvers', 'load_trajectories', 'solve', 'Html', 'side_by_side']
 
 # %% ../../nbs/memcollab/02_trajectories.ipynb #55778c02
 import hashlib, html, json, math, os, random, re, threading, time, warnings
@@ -79,6 +79,11 @@ class RateLimit:
                 if self.limit and len(self.starts) == self.limit: free = max(free, self.starts[0] + self.seconds)
                 if now >= free: return self.starts.append(now)
             self.sleep(free - now)
+    def left(self)->float: # seconds
+        "How long until a request may start; 0 if it may now."
+        with self._lock:
+            free = max(self.until, self.starts[0] + self.seconds if self.limit and len(self.starts) == self.limit else -math.inf)
+            return max(0.0, free - self.clock())
     def pause(self, seconds:float)->None:
         "Nobody starts for so many seconds."
         with self._lock: self.until = max(self.until, self.clock() + seconds)
@@ -173,10 +178,12 @@ class EndpointChat:
                 if time.monotonic() - start > self.timeout: raise TimeoutError(f"the answer was not complete after {self.timeout:g} s")
                 if size > MAX_BYTES: raise ValueError(f"the answer has more than {MAX_BYTES} bytes")
         return parse_completion(b"".join(parts), sum(len(m["content"]) for m in messages), time.monotonic() - start)
+    def settings(self, max_tokens, temperature, seed)->dict: # fields of a request
+        "What is sent beside the messages."
+        return {k: v for k, v in {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, **self.extra}.items() if v is not None}
     def chat(self, messages:list, max_tokens:int=512, temperature:float=0.0, seed:int|None=None)->Reply:
         "Answer; raises `ChatDown` after the last try."
-        settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, **self.extra}
-        settings = {k: v for k, v in settings.items() if v is not None}
+        settings = self.settings(max_tokens, temperature, seed)
         for attempt in range(self.retries + 1):
             self.limit.wait()
             try: return self._once(messages, settings)
@@ -196,6 +203,104 @@ def _pause_or_give_up(self, kind, why, wait, attempt):
     else: time.sleep(min(30.0, self.backoff * 2 ** attempt) * random.uniform(0.75, 1.0))
 
 EndpointChat._pause_or_give_up = _pause_or_give_up
+
+# %% ../../nbs/memcollab/02_trajectories.ipynb #1347e744
+@dataclass
+class Post:
+    "One endpoint of a pool, and how it fares."
+    chat:EndpointChat
+    busy:int=0 # requests under way
+    answers:int=0 # given, refusals included
+    failures:int=0 # requests that failed here
+    in_a_row:int=0 # failures since the last answer
+    failed:float=-math.inf # when the last failure was noted
+    rest:float=-math.inf # nobody asks before
+    gone:bool=False # no use in asking again
+    why:str="" # the last failure
+    @property
+    def where(self)->str: return urlsplit(self.chat.base_url).netloc
+    @property
+    def down(self)->bool: return self.gone or self.in_a_row > self.chat.retries
+    def free(self, now)->bool:
+        "Whether it takes one more request."
+        return not self.gone and now >= self.rest and self.busy < (1 if self.in_a_row else self.chat.workers) and not self.chat.limit.left()
+    def __str__(self):
+        return f"{self.where} {self.answers} answers" + f", {self.failures} failures" * bool(self.failures) + f", down ({self.why})" * self.down
+
+# %% ../../nbs/memcollab/02_trajectories.ipynb #698acbec
+class EndpointPool:
+    "One model behind several servers: a request goes to whichever is free, and to another one if that fails. Threads may share it."
+    def __init__(self,
+        endpoints:list, # of `EndpointChat`, all for the same model
+        clock=time.monotonic, # for tests
+    ):
+        if len({(e.name, json.dumps(e.extra, sort_keys=True)) for e in endpoints}) != 1: raise MemCollabError("the endpoints of a pool must serve one model with the same settings")
+        if twice := {e.base_url for e in endpoints if [o.base_url for o in endpoints].count(e.base_url) > 1}: raise MemCollabError(f"{twice.pop()} is named twice: give every endpoint once")
+        self.posts, self.name, self.extra, self.clock = [Post(e) for e in endpoints], endpoints[0].name, endpoints[0].extra, clock
+        self.workers = sum(e.workers for e in endpoints)
+        self._change, self._given_up, self._reason = threading.Condition(), 0, ""
+    def chat(self, messages:list, max_tokens:int=512, temperature:float=0.0, seed:int|None=None)->Reply:
+        "Answer; raises `ChatDown` when no endpoint can."
+        since, tried = self._given_up, []
+        while len(tried) < sum(p.chat.retries + 1 for p in self.posts):
+            post = self._take(since, tried)
+            start, outcome = self.clock(), None
+            try:
+                post.chat.limit.wait()
+                reply = post.chat._once(messages, post.chat.settings(max_tokens, temperature, seed))
+            except (TypeError, AttributeError, KeyError): raise # a mistake in the program
+            except Exception as e:
+                outcome = judge(e)
+                if outcome[0] == "refused": reply, outcome = Reply("", finish=f"refused: {outcome[1]}"), None
+            finally: self._give(post)
+            if outcome is None: self._good(post); return reply
+            tried.append(post); self._bad(post, start, *outcome)
+        raise ChatDown(f"{self.name}: no answer after {len(tried)} tries at {len(self.posts)} endpoints, at last {post.why}: check that the servers are up")
+    def __repr__(self): return f"EndpointPool({self.name!r} at {', '.join(p.where for p in self.posts)}, {self.workers} workers)"
+    def __str__(self): return f"{self.name}: " + "; ".join(map(str, self.posts))
+
+# %% ../../nbs/memcollab/02_trajectories.ipynb #5624e4df
+def _take(self, since, tried):
+    "A place at an endpoint, as soon as there is one. Raises `ChatDown` when all are down."
+    with self._change:
+        while True:
+            if self._given_up != since: raise ChatDown(self._reason, fatal=True)
+            if all(p.down for p in self.posts): self._give_up(); continue
+            now = self.clock()
+            up = [p for p in self.posts if not p.gone]
+            fresh = [p for p in up if p not in tried] or up
+            if free := [p for p in fresh if p.free(now)]:
+                post = min(free, key=lambda p: p.busy / p.chat.workers)
+                post.busy += 1
+                return post
+            waits = [w for p in fresh if (w := max(p.rest - now, p.chat.limit.left())) > 0]
+            self._change.wait(min([*waits, 1.0]))
+
+def _give(self, post):
+    with self._change: post.busy -= 1; self._change.notify_all()
+
+def _good(self, post):
+    with self._change: post.answers += 1; post.in_a_row = 0; self._change.notify_all()
+
+def _bad(self, post, start, kind, why, wait):
+    "Note a failure; several requests that were under way together count as one in a row."
+    with self._change:
+        was, now = post.down, self.clock()
+        post.failures += 1; post.why = why
+        if start >= post.failed or not post.in_a_row: post.in_a_row += 1; post.failed = now
+        post.gone = post.gone or kind == "fatal" or (wait or 0) > MAX_WAIT
+        post.rest = max(post.rest, now + (min(30.0, post.chat.backoff * 2 ** (post.in_a_row - 1)) if wait is None else wait))
+        others = sum(not p.down for p in self.posts)
+        if post.down and not was and others: warnings.warn(f"{self.name} at {post.where}: down after {post.failures} failures and {post.answers} answers ({why}); {others} of {len(self.posts)} endpoints go on")
+        self._change.notify_all()
+
+def _give_up(self):
+    self._reason = f"{self.name}: no endpoint answers ({'; '.join(map(str, self.posts))}): check the servers, the model's name and the key"
+    self._given_up += 1
+    for p in self.posts: p.gone, p.in_a_row, p.rest = False, p.chat.retries, -math.inf
+    self._change.notify_all()
+
+EndpointPool._take, EndpointPool._give, EndpointPool._good, EndpointPool._bad, EndpointPool._give_up = _take, _give, _good, _bad, _give_up
 
 # %% ../../nbs/memcollab/02_trajectories.ipynb #2a557c55
 def chat_ids(
@@ -436,11 +541,17 @@ class RecordingChat:
     def __repr__(self): return f"RecordingChat({self.inner!r}, {len(self._replies)} replies)"
 
 # %% ../../nbs/memcollab/02_trajectories.ipynb #5797ff61
-SPEC_HELP = "a SPEC is a model directory, a .gguf file or a hub id; http://host:port/v1#MODEL for an endpoint; or replay:FILE"
+SPEC_HELP = "a SPEC is a model directory, a .gguf file or a hub id; http://host:port/v1#MODEL for an endpoint, with commas between several addresses of the same model; or replay:FILE"
+
+# %% ../../nbs/memcollab/02_trajectories.ipynb #d6ac4ca3
+def _check_address(address):
+    try: parts = urlsplit(address); parts.port
+    except ValueError as e: raise MemCollabError(f"{address}: no address ({e}): {SPEC_HELP}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname: raise MemCollabError(f"{address or 'an empty address'}: no http address: {SPEC_HELP}")
 
 # %% ../../nbs/memcollab/02_trajectories.ipynb #800c3536
 def open_chat(
-    spec:str, # "path/or/hub-id", "http://host:8000/v1#model-name", "replay:FILE" or "replay:FILE#model-name"
+    spec:str, # "path/or/hub-id", "http://host:8000/v1#model-name", "http://a:8000/v1,http://b:8000/v1#model-name", "replay:FILE" or "replay:FILE#model-name"
     **options, # for an endpoint: those of `EndpointChat`; for a local model batch_size, top_p, name; others are left aside
 )->Chat:
     "The chat model that a SPEC names. Raises `MemCollabError`."
@@ -448,11 +559,11 @@ def open_chat(
     head, _, model = spec.strip().partition("#")
     if head.startswith("replay:"): return ReplayChat(head[len("replay:"):], model or None)
     if "://" in head:
-        try: parts = urlsplit(head); parts.port
-        except ValueError as e: raise MemCollabError(f"{head}: no address ({e}): {SPEC_HELP}") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname: raise MemCollabError(f"{head}: no http address: {SPEC_HELP}")
+        addresses = [a.strip() for a in head.split(",")]
+        for a in addresses: _check_address(a)
         if not model: raise MemCollabError(f"{head}: which model? Write its name behind a #, as in {head}#qwen2.5-7b")
-        return EndpointChat(head, model, **{k: v for k, v in options.items() if k not in ("batch_size", "top_p", "name")})
+        endpoints = [EndpointChat(a, model, **{k: v for k, v in options.items() if k not in ("batch_size", "top_p", "name")}) for a in addresses]
+        return EndpointPool(endpoints) if len(endpoints) > 1 else endpoints[0]
     if model: raise MemCollabError(f"{spec}: an endpoint begins with http:// or https://: {SPEC_HELP}")
     from comam_nb.backbone import load_backbone
     try: backbone = load_backbone(head, adapters=None, verbose=False)

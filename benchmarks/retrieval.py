@@ -1,0 +1,215 @@
+"""Retrieval at a million entries: `ConstraintBank.retrieve` against scikit-learn's TF-IDF over the whole bank and bm25s over the same
+bucket; `MemoryStore.search` against brute force. Synthetic texts: 28 words an entry, Zipf over 20,000 words; random unit vectors.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/retrieval.py                                    # everything, about 10 minutes, 4 GB of temporary files
+    python benchmarks/retrieval.py --entries 20000 --subcategories 10 --items 20000 --users 20    # a quick look
+
+The sizes hold for: entries in the bank, subcategories (one bucket each), items and users of the memory. Each step is a process of its
+own, so that its peak memory is its own. Temporary files are deleted at the end."""
+import argparse, json, os, platform, random, resource, subprocess, sys, tempfile, time
+from pathlib import Path
+import numpy as np
+
+CATEGORIES, VOCABULARY, DIM = 20, 20_000, 384
+
+
+class Synthetic:
+    "Entries and queries of random words: the i-th word of the vocabulary is drawn in proportion to 1/i."
+    def __init__(self, subcategories, seed):
+        syllables, pick, words = [c + v for c in "bcdfghklmnprstvz" for v in "aeiou"], random.Random(0), {}
+        while len(words) < VOCABULARY: words["".join(pick.choices(syllables, k=pick.randint(1, 4)))] = None
+        weights = 1 / np.arange(1, VOCABULARY + 1)
+        self.words, self.cumulated = np.array(list(words), object), np.cumsum(weights / weights.sum())
+        self.subcategories, self.rng = subcategories, np.random.default_rng(seed)
+    def texts(self, n, k=28): return self.words[np.minimum(np.searchsorted(self.cumulated, self.rng.random((n, k))), VOCABULARY - 1)]
+    def query(self): return " ".join(self.texts(1)[0])
+    def entries(self, n, start=0):
+        from comam_nb.memcollab.contrast import Constraint
+        texts, topics = self.texts(n), self.rng.integers(self.subcategories, size=n)
+        pairs = lambda i: {"pairs": [{"task": f"{i//3:016x}", "right": f"r{i}", "wrong": f"w{i}", "right_model": "ada", "wrong_model": "bo"}]}
+        return [Constraint(" ".join(t[:10]), " ".join(t[10:19]), " ".join(t[19:]), *kind(s), pairs(start + i), ("ada", "bo"))
+                for i, (t, s) in enumerate(zip(texts, topics))]
+
+
+def kind(s): return f"category {s % CATEGORIES}", f"topic {s}"
+def megabytes(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+def timed(f, *args, **kw):
+    "A call's result, and its milliseconds: on the clock, and of processor time, which leaves out waiting for other jobs and for the disk."
+    wall, cpu = time.perf_counter(), time.thread_time()
+    out = f(*args, **kw)
+    return out, (1000 * (time.perf_counter() - wall), 1000 * (time.thread_time() - cpu))
+def show(what, ms):
+    p50, p99 = np.percentile(ms, [50, 99], axis=0)
+    print(f"{what:52} p50 {p50[0]:7.3f} ms  p99 {p99[0]:7.3f} ms   processor time: p50 {p50[1]:6.3f}  p99 {p99[1]:6.3f}   {len(ms)} calls", flush=True)
+    return [*p50, *p99]
+
+
+def build_bank(a, found):
+    "Add everything in bulk."
+    from comam_nb.memcollab.bank import ConstraintBank
+    from comam_nb.memcollab.contrast import validate
+    made, spent, batch = Synthetic(a.subcategories, 1), np.zeros(2), -(-a.entries // 4) # seconds: on the clock, of processor time
+    with ConstraintBank(a.folder/"bank.db") as bank:
+        for i in range(0, a.entries, batch):
+            entries = made.entries(min(batch, a.entries - i), i)
+            spent += np.array(timed(bank.add, entries, check=False)[1]) / 1000
+        sample = entries[:10_000]
+        each = timed(lambda: [validate(c) for c in sample])[1][1] / 1000 / len(sample)
+    print(f"bulk add of {a.entries:,} entries, 4 calls: {spent[0]:.0f} s, processor time {spent[1]:.0f} s; validation, which check=False skips: {1e6*each:.0f} us an entry, {each*a.entries:.0f} s for all "
+          f"(from {len(sample):,}); file {(a.folder/'bank.db').stat().st_size >> 20} MB; peak memory {megabytes()} MB", flush=True)
+    found |= {"bulk": spent.tolist(), "checking": each*a.entries}
+
+
+def simple(bank, query, how, s):
+    "The definition, from the rows: postings grown entry by entry, every score computed by the loop."
+    from comam_nb.memcollab.bank import ArrayRanking, Postings
+    entries, index = bank.entries(*kind(s)), Postings()
+    for c in entries: index.add(c.text)
+    scores = ArrayRanking(how(index, query)).scores.tolist()
+    order, out = sorted(range(len(entries)), key=lambda d: (-scores[d], d)), []
+    for sample in list(dict.fromkeys(entries[d].sample for d in order))[:3]:
+        out += [(entries[d].id, scores[d]) for d in order if entries[d].sample == sample][:3]
+    return out
+
+
+def query_bank(a, found):
+    "Retrieval, single additions, and the peers."
+    from comam_nb.memcollab.bank import ConstraintBank, bm25_scores, tfidf_scores
+    made, rng = Synthetic(a.subcategories, 2), np.random.default_rng(3)
+    bank, opened = timed(ConstraintBank, a.folder/"bank.db")
+    print(f"open: {opened[0]:.1f} ms", flush=True)
+    stream, cold, seen = [], [], set()
+    for s in rng.integers(a.subcategories, size=a.queries).tolist():
+        stream.append(timed(bank.retrieve, made.query(), *kind(s))[1])
+        if s not in seen: cold.append(stream[-1]); seen.add(s)
+    found["mixed"] = show("retrieve, first stream after opening, all buckets", stream)
+    show("  of these: first touch of a bucket", cold)
+    found["warm"] = show("retrieve, second stream, all buckets touched", [timed(bank.retrieve, made.query(), *kind(s))[1] for s in rng.integers(a.subcategories, size=a.queries).tolist()])
+    print(f"peak memory, open and both streams: {megabytes()} MB", flush=True)
+
+    for s in rng.integers(a.subcategories, size=10).tolist(): # fast and simple path: the same ids and scores
+        query = made.query()
+        for name, how in (("tfidf", tfidf_scores), ("bm25", bm25_scores)):
+            assert [(h.constraint.id, h.score) for h in bank.retrieve(query, *kind(s), how=name)] == simple(bank, query, how, s)
+    print("equal to the simple path, ids and scores: 10 buckets, tfidf and bm25", flush=True)
+
+    one, then = [], []
+    for c in made.entries(500, 10**9):
+        one.append(timed(bank.add, c)[1])
+        hits, ms = timed(bank.retrieve, c.text, c.category, c.subcategory)
+        then.append(ms)
+        assert hits[0].constraint.id == c.id
+    found["one"] = show("add one entry (validated, on the disk when it returns)", one)
+    show("  the next retrieve in its bucket, which finds it", then)
+
+    import bm25s # only now: what a process has imported costs time in every garbage collection
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    cut = dict(stopwords=None, show_progress=False)
+    print(f"side by side, taking turns; bm25s {bm25s.__version__} has the bucket in memory and gives texts; the bank gives entries from the file, provenance and reasons")
+    several = rng.integers(a.subcategories, size=10).tolist()
+    peers = {s: bm25s.BM25() for s in several}
+    texts = {s: [c.text for c in bank.entries(*kind(s))] for s in several}
+    for s, peer in peers.items(): peer.index(bm25s.tokenize(texts[s], **cut), show_progress=False)
+    for how in ("tfidf", "bm25"):
+        ours, theirs = [], []
+        for s in several:
+            for query in [made.query() for _ in range(200)]:
+                theirs.append(timed(lambda: peers[s].retrieve(bm25s.tokenize([query], **cut), corpus=texts[s], k=3, show_progress=False))[1])
+                ours.append(timed(bank.retrieve, query, *kind(s), how=how)[1])
+        found[how], found["bm25s " + how] = show(f"retrieve, {how}", ours), show("bm25s over the same bucket", theirs)
+
+    vectorizer = TfidfVectorizer()
+    matrix, ms = timed(vectorizer.fit_transform, (" ".join(r) for r in bank._db.execute("SELECT situation, enforce, avoid FROM entries WHERE removed IS NULL")))
+    print(f"scikit-learn's TfidfVectorizer over the whole bank: fitted in {ms[0]/1000:.0f} s, {matrix.nnz:,} numbers", flush=True)
+    ours, theirs, turned = [], [], matrix.T.tocsr()
+    def search(query):
+        scores = (vectorizer.transform([query]) @ turned).toarray()[0]
+        best = np.argpartition(scores, -3)[-3:]
+        return best[np.argsort(-scores[best])]
+    for s in rng.integers(a.subcategories, size=100).tolist():
+        query = made.query()
+        ours.append(timed(bank.retrieve, query, *kind(s))[1]); theirs.append(timed(search, query)[1])
+    found["ours"], found["sklearn"] = show("retrieve, tfidf", ours), show("scikit-learn over the whole bank, inverted matrix", theirs)
+    bank.close()
+
+
+class Vectors:
+    "An embedder of random unit vectors, for the size alone."
+    name, dim = f"random-{DIM}", DIM
+    def __init__(self, seed): self.rng = np.random.default_rng(seed)
+    def __call__(self, texts):
+        x = self.rng.standard_normal((len(texts), DIM), dtype=np.float32)
+        self.last = x / np.linalg.norm(x, axis=1, keepdims=True)
+        return self.last
+
+
+def build_memory(a, found):
+    "Items of all users, in random order."
+    from comam_nb.memory import MemoryItem, MemoryStore
+    rng, spent, batch = np.random.default_rng(4), 0, min(20_000, a.items)
+    with MemoryStore(a.folder/"memory.db", Vectors(5)) as store:
+        for i in range(0, a.items, batch):
+            users = rng.integers(a.users, size=min(batch, a.items - i)).tolist()
+            items = [MemoryItem(user=f"user {u}", text=f"The user said {i + j}", granularity=("coarse", "fine")[j % 4 > 0], cites=(j + 1,)) for j, u in enumerate(users)]
+            spent += timed(store.add, items)[1][0] / 1000
+    print(f"memory: bulk add of {a.items:,} items of {a.users:,} users: {spent:.0f} s; file {(a.folder/'memory.db').stat().st_size >> 20} MB; peak memory {megabytes()} MB", flush=True)
+
+
+def query_memory(a, found):
+    "Search within a user."
+    from comam_nb.memory import MemoryStore, exact_scores
+    rng = np.random.default_rng(6)
+    store, opened = timed(MemoryStore, a.folder/"memory.db", Vectors(7))
+    stream, cold, again, seen = [], [], [], set()
+    for u in rng.integers(a.users, size=a.queries).tolist():
+        ms = timed(store.search, "anything", f"user {u}")[1]
+        stream.append(ms)
+        if u not in seen: cold.append(ms); seen.add(u)
+        again.append(timed(store.search, "anything", f"user {u}")[1])
+    print(f"open: {opened[0]:.1f} ms")
+    found["search_mixed"] = show("search, random users after opening", stream)
+    show("  of these: first search of a user", cold)
+    found["search"] = show("search again in the same user's memory", again)
+    for u in rng.integers(a.users, size=20).tolist(): # brute force over what the file holds
+        hits = store.search("anything", f"user {u}", k=10)
+        rows = store._db.execute("SELECT id, vector FROM items WHERE user=? ORDER BY seq", (f"user {u}",)).fetchall()
+        scores = exact_scores(np.stack([np.frombuffer(v, "<f4") for _, v in rows]), store.embedder.last[0])
+        best = sorted(range(len(rows)), key=lambda i: (-scores[i], i))[:10]
+        assert [(h.item.id, h.score) for h in hits] == [(rows[i][0], scores[i]) for i in best]
+    print(f"equal to brute force, ids and scores: 20 users, k = 10; peak memory {megabytes()} MB", flush=True)
+    store.close()
+
+
+STAGES = {f.__name__: f for f in (build_bank, query_bank, build_memory, query_memory)}
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, n in (("entries", 1_000_000), ("subcategories", 500), ("items", 1_000_000), ("users", 1000), ("queries", 5000)): p.add_argument(f"--{name}", type=int, default=n)
+    p.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    p.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.stage:
+        found = json.loads((a.folder/"found.json").read_text())
+        STAGES[a.stage](a, found)
+        (a.folder/"found.json").write_text(json.dumps(found))
+        return
+    import sklearn, sqlite3
+    print(f"Python {platform.python_version()}, numpy {np.__version__}, SQLite {sqlite3.sqlite_version}, scikit-learn {sklearn.__version__}, {os.cpu_count()} cores, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}")
+    print(f"{a.entries:,} entries in {a.subcategories:,} buckets, {a.queries:,} queries a stream; {a.items:,} items of {a.users:,} users, {DIM} numbers each", flush=True)
+    with tempfile.TemporaryDirectory(prefix="retrieval-") as folder:
+        (Path(folder)/"found.json").write_text("{}")
+        for stage in STAGES:
+            sizes = [x for n in ("entries", "subcategories", "items", "users", "queries") for x in (f"--{n}", str(getattr(a, n)))]
+            subprocess.run([sys.executable, __file__, "--stage", stage, "--folder", folder, *sizes], check=True)
+            if stage == "query_bank": (Path(folder)/"bank.db").unlink()
+        f = json.loads((Path(folder)/"found.json").read_text())
+    print(f"\nretrieve, warm: p50 {f['warm'][0]:.2f} ms, p99 {f['warm'][2]:.2f} ms, in processor time {f['warm'][1]:.2f} and {f['warm'][3]:.2f} (targets 1 and 5)")
+    print(f"retrieve, after opening: p50 {f['mixed'][0]:.2f} ms, p99 {f['mixed'][2]:.2f} ms, in processor time {f['mixed'][1]:.2f} and {f['mixed'][3]:.2f} (targets 1 and 5)")
+    print(f"bulk add: {f['bulk'][0]:.0f} s, in processor time {f['bulk'][1]:.0f} s; validation, if wanted, another {f['checking']:.0f} s (target 300); one entry: p50 {f['one'][0]:.2f} ms, in processor time {f['one'][1]:.2f} (target 2)")
+    print(f"search: p50 {f['search'][0]:.2f} ms within a user, p50 {f['search_mixed'][0]:.2f} ms over random users (target 2)")
+    print(f"retrieve vs scikit-learn over the whole bank: {f['sklearn'][0]/f['ours'][0]:.0f}x")
+    print(f"retrieve vs bm25s over the same bucket: {f['bm25s tfidf'][0]/f['tfidf'][0]:.2f}x with tfidf, {f['bm25s bm25'][0]/f['bm25'][0]:.2f}x with bm25")
+
+
+if __name__ == "__main__": main()
