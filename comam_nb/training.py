@@ -140,6 +140,7 @@ class CoMAMConfig(GRPOConfig):
         if self.sampling not in (None, "per_group", "stream"): raise CreditError(f"unknown sampling {self.sampling!r}: use per_group or stream")
         if self.sampling is None: self.sampling = "per_group" if world > 1 else "stream"
         if world > 1 and self.ddp_find_unused_parameters is None: self.ddp_find_unused_parameters = True # a pass uses one adapter of three
+        if world > 1 and self.ddp_broadcast_buffers is None: self.ddp_broadcast_buffers = False # no talking in a forward pass: one process may need more passes than another
         share, rest = divmod(self.episodes_per_step, world)
         if rest or not share: raise CreditError(f"{self.episodes_per_step} episodes per step do not divide over {world} processes: take a multiple of {world}")
         rows, rest = divmod(share * self.num_generations, self.micro_batches_per_agent)

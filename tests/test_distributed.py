@@ -1,5 +1,5 @@
 "One process, two and four: the same texts, losses and weights. A killed process ends the run with a line that says where to go on."
-import json, os, shutil, subprocess, sys
+import json, os, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -47,7 +47,7 @@ sys.exit(code)
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
-    "launch(out, processes, *argv, config=…, **env): the finished process. A run that hangs is killed after two minutes."
+    "launch(out, processes, *argv, config=…, **env): the finished process. A run that hangs is killed after four minutes; gloo would wait for thirty."
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available(): pytest.skip("this PyTorch has no gloo, with which processes on a CPU talk to each other")
     program = tmp_path_factory.mktemp("program") / "program.py"
     program.write_text(PROGRAM)
@@ -55,7 +55,10 @@ def launch(tmp_path_factory):
         start = [] if processes == 1 else ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / f"{config}.yaml"), "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
         clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") and not k.startswith("ACCELERATE_")}
         clean.update(env, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        return subprocess.run([sys.executable, *start, str(program), str(out), *STEPS, *argv], env=clean, capture_output=True, text=True, timeout=120)
+        with subprocess.Popen([sys.executable, *start, str(program), str(out), *STEPS, *argv], env=clean, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as p:
+            try: said, errors = p.communicate(timeout=240)
+            except subprocess.TimeoutExpired: os.killpg(p.pid, signal.SIGKILL); raise # the launcher's children too
+        return subprocess.CompletedProcess(p.args, p.returncode, said, errors)
     return run
 
 @pytest.fixture(scope="module")
