@@ -91,7 +91,7 @@ def run_comam(a):
     for name, agent in agents.items(): agent.prompt = prompt(name)
     rewards = lambda groups: (torch.rand(len(groups), 3, a.G), torch.rand(len(groups), a.G))
     config = CoMAMConfig(a.out, max_steps=a.steps, episodes_per_step=1, num_generations=a.G, max_completion_length=a.new, learning_rate=1e-5, bf16=True, use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
-                         shared_prefix=not a.naive)
+                         sampling="per_group", shared_prefix=not a.naive) # one random number a token, and not one for every word of the vocabulary
     CoMAMTrainer(agents, [example_episode()], rewards, config, callbacks=[times]).train()
     return times.seconds
 

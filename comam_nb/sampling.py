@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Sample', 'pad_left', 'cut_at_end', 'cut_at_stop', 'own_draws', 'pick', 'common_prefix', 'side_by_side', 'can_share',
-           'sample_group', 'token_logprobs', 'shared_logprobs']
+           'sample_group', 'Columns', 'Batch', 'write_many', 'sample_each', 'token_logprobs', 'shared_logprobs']
 
 # %% ../nbs/02_sampling.ipynb #8a187982
 import math
@@ -212,6 +212,134 @@ def sample_group(
     return out
 
 # %% ../nbs/02_sampling.ipynb #7576e039
+class Columns:
+    "The part of the buffer that is in use: from `lo` up to `at`."
+    def __init__(self, at): self.lo, self.at = 0, at
+
+def _shelf(columns, S, like, room):
+    "One layer's keys and values of S texts that end at the same column, as a layer of a `transformers` cache."
+    from transformers.cache_utils import DynamicLayer
+    class Shelf(DynamicLayer):
+        def get_seq_length(self): return columns.at - columns.lo
+        def update(self, keys, values, *args, **kwargs): # one token of each text
+            S = keys.size(0)
+            self.keys[:S, :, columns.at:columns.at + 1], self.values[:S, :, columns.at:columns.at + 1] = keys, values
+            return self.keys[:S, :, columns.lo:columns.at + 1], self.values[:S, :, columns.lo:columns.at + 1]
+    shelf = Shelf()
+    shelf.is_initialized, shelf.dtype, shelf.device = True, like.dtype, like.device
+    shelf.keys, shelf.values = (like.new_zeros(S, like.size(1), columns.at + room, like.size(3)) for _ in range(2)) # [S, H, columns, D]
+    return shelf
+
+# %% ../nbs/02_sampling.ipynb #f1ba12ef
+class Batch:
+    "Texts that are being written side by side, greedily."
+    def __init__(self,
+        backbone, # of the texts
+        rows:list, # prompt ids, each text's
+        slots:int, # texts at once
+        room:int=256, # columns to add when the buffer is full
+    ):
+        self.backbone, self.model, self.rows, self.room = backbone, backbone.model, rows, room
+        self.C, self.written, self.active, self.begin = common_prefix(rows) if len(rows) > 1 else 0, [[] for _ in rows], [], {}
+        self.columns, self.shelves = Columns(max(map(len, rows))), None
+        self.mask = torch.zeros(slots, self.columns.at + room, dtype=torch.long, device=backbone.device) # [slots, columns]
+        self.start = self.model(input_ids=self._ids(rows[0][:self.C]), use_cache=True, logits_to_keep=1).past_key_values if self.C else None
+    def _ids(self, row): return torch.tensor([row], device=self.backbone.device)
+    def read(self, i):
+        "Keys and values of a prompt, [1, H, n, D] a layer; its first token is written."
+        from transformers import DynamicCache
+        cache = DynamicCache(config=self.model.config)
+        for l, layer in enumerate(self.start.layers if self.C else ()): cache.update(layer.keys, layer.values, l)
+        out = self.model(input_ids=self._ids(self.rows[i][self.C:]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.written[i].append(int(out.logits[0, -1].argmax()))
+        return out.past_key_values.layers
+    def place(self, s, i, layers):
+        "Put a text that was read into place s, so that it ends at the present column."
+        at, lo = self.columns.at, self.columns.at - len(self.rows[i])
+        if self.shelves is None: self.shelves = [_shelf(self.columns, len(self.mask), l.keys, self.room) for l in layers]
+        for shelf, l in zip(self.shelves, layers): shelf.keys[s, :, lo:at], shelf.values[s, :, lo:at] = l.keys[0], l.values[0]
+        self.mask[s] = 0; self.mask[s, lo:at] = 1
+        self.active[s:s + 1], self.begin[i] = [i], lo
+
+# %% ../nbs/02_sampling.ipynb #8345a079
+def _step(self):
+    "Every text writes one token."
+    c, A = self.columns, len(self.active)
+    c.lo = min(self.begin[i] for i in self.active)
+    if c.at == self.mask.size(1): self.shift()
+    self.mask[:A, c.at] = 1
+    at = torch.tensor([[len(self.rows[i]) + len(self.written[i]) - 1] for i in self.active], device=self.mask.device) # [A, 1]
+    last = torch.tensor([[self.written[i][-1]] for i in self.active], device=self.mask.device)
+    logits = self.model(input_ids=last, attention_mask=self.mask[:A, c.lo:c.at + 1], position_ids=at, past_key_values=self.cache, use_cache=True).logits[:, -1]
+    c.at += 1
+    for i, token in zip(self.active, logits.argmax(-1).tolist()): self.written[i].append(token)
+
+def _shift(self):
+    "The buffer is full: move what is in use to its beginning, with room behind it."
+    c, move = self.columns, lambda x: torch.cat([x[:, :, c.lo:c.at], x.new_zeros(*x.shape[:2], self.room, x.size(3))], 2)
+    for l in self.shelves: l.keys, l.values = move(l.keys), move(l.values)
+    self.mask = torch.cat([self.mask[:, c.lo:c.at], self.mask.new_zeros(len(self.mask), self.room)], 1)
+    self.begin = {i: self.begin[i] - c.lo for i in self.active}
+    c.lo, c.at = 0, c.at - c.lo
+
+def _keep(self, places):
+    "Go on with the texts in these places only."
+    for l in self.shelves: l.keys, l.values = l.keys[places], l.values[places]
+    self.mask, self.active = self.mask[places], [self.active[s] for s in places]
+Batch.step, Batch.shift, Batch.keep = _step, _shift, _keep
+
+# %% ../nbs/02_sampling.ipynb #1f1d10ef
+@torch.no_grad()
+def write_many(
+    backbone:Backbone, # its adapter active
+    rows:list, # prompt ids
+    max_new_tokens:int, # tokens at most
+    slots:int=16, # texts under way at once
+    room:int=256, # columns that the buffer grows by
+)->list|None: # the ids written for each row; None where the model's cache is of another kind
+    "Greedy completions of prompts of unequal length."
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+    b, todo = Batch(backbone, rows, min(slots, len(rows)), room), sorted(range(len(rows)), key=lambda i: len(rows[i])) # the longest is popped first
+    b.cache, decode = DynamicCache(config=b.model.config), backbone.tokenizer.decode
+    def ended(i):
+        w = b.written[i]
+        return len(w) >= max_new_tokens or w[-1] in backbone.eos_ids or bool(backbone.stop) and backbone.stop in decode(w)
+    def fill(s): # the next text that does not end at once, into place s
+        while todo:
+            layers = b.read(i := todo.pop())
+            if not ended(i): b.place(s, i, layers); return True
+    if not all(type(l) is DynamicLayer for l in b.read(0)): return None
+    b.written[0] = []
+    while len(b.active) < len(b.mask) and fill(len(b.active)): pass
+    b.cache.layers = b.shelves
+    while b.active:
+        b.step()
+        gone = [s for s, i in enumerate(b.active) if ended(i) and not fill(s)]
+        if gone: b.keep([s for s in range(len(b.active)) if s not in gone])
+    return [cut_at_stop(cut_at_end(w, backbone.eos_ids), backbone.stop, decode) for w in b.written]
+
+# %% ../nbs/02_sampling.ipynb #58f0c64b
+def sample_each(
+    backbone, # a `Backbone`; any other policy has ways of its own
+    prompts:list, # P plain texts
+    adapter:str|None=None, # LoRA adapter to act with
+    max_new_tokens:int=256, # tokens at most
+    batch_size:int=16, # texts under way at once
+    long:int=256, # prompts whose mean is shorter, in tokens, are left to `sample_group`
+)->list|None: # [P][1] of `Sample`; None if this is not the way
+    "The likeliest completion of each prompt, as `sample_group` with temperature 0. Raises `BackboneError` if one does not fit the context."
+    if not isinstance(backbone, Backbone) or len(prompts) < 2 or batch_size < 2: return None
+    rows = [prompt_ids(backbone, p, reserve=max_new_tokens) for p in prompts]
+    if sum(map(len, rows)) < long * len(rows): return None
+    use_adapter(backbone.model, adapter)
+    training = backbone.model.training
+    with merged_adapter(backbone.model) if next(backbone.model.parameters()).dtype == torch.float32 else nullcontext():
+        backbone.model.eval()
+        written = write_many(backbone, rows, max_new_tokens, batch_size)
+    backbone.model.train(training)
+    return written and [[Sample(backbone.decode(w), tuple(r), w)] for r, w in zip(rows, written)]
+
+# %% ../nbs/02_sampling.ipynb #8d9cf29f
 def token_logprobs(
     backbone:Backbone, # the policy
     prompts:list, # N lists of prompt ids
@@ -231,7 +359,7 @@ def token_logprobs(
     logps = logits.log_softmax(-1).gather(-1, right[..., None]).squeeze(-1)
     return logps * mask, mask
 
-# %% ../nbs/02_sampling.ipynb #622b4e20
+# %% ../nbs/02_sampling.ipynb #a7de50e4
 def _pack(prompts, completions):
     "[(prompt, rows behind it)], with equal prompts as one or apart, whichever is less; and how many tokens are computed packed and unpacked."
     equal, (P, T) = {}, (max(map(len, x)) for x in (prompts, completions))
@@ -241,7 +369,7 @@ def _pack(prompts, completions):
     best = min(list(equal.items()), [(tuple(p), [i]) for i, p in enumerate(prompts)], key=cost)
     return best, cost(best), len(prompts) * (P + T)
 
-# %% ../nbs/02_sampling.ipynb #b0571cf4
+# %% ../nbs/02_sampling.ipynb #0d067e34
 def _layout(packs, completions, C):
     "ids, positions, segment [B, P + behind]; source [N, T, 2] into [B, behind + 1]; targets and real [N, T]. The first C ids of every prompt are left out."
     N, T = len(completions), max(map(len, completions))
@@ -260,7 +388,7 @@ def _layout(packs, completions, C):
     real = torch.arange(T)[None] < torch.tensor([len(c) for c in completions])[:, None]
     return ids, positions, segment, source, targets, real, P
 
-# %% ../nbs/02_sampling.ipynb #83364e9d
+# %% ../nbs/02_sampling.ipynb #2ff78e3d
 def shared_logprobs(
     model:torch.nn.Module, # a causal LM, its adapter active
     prompts:list, # N lists of prompt ids
@@ -282,8 +410,8 @@ def shared_logprobs(
     late = torch.arange(read + C, segment.size(1) + C, device=ids.device)[:, None] >= torch.arange(segment.size(1) + C, device=ids.device)
     mask = _open(((k == 0) | (k == q)) & seen[:, None, :] & late, param.dtype)[:, None] # block-causal, [B, 1, L - read, C + L]
     logits = model(input_ids=ids[:, read:], attention_mask=mask, position_ids=positions[:, read:], past_key_values=cache, use_cache=cache is not None,
-                   logits_to_keep=segment.size(1) - P + 1).logits.float() / temperature # [B, behind + 1, V]
-    total = logits.logsumexp(-1) # [B, behind + 1]
-    with torch.no_grad(): entropy = total - (logits * (logits - total[..., None]).exp()).sum(-1)
+                   logits_to_keep=segment.size(1) - P + 1).logits.float() # [B, behind + 1, V]
+    logps = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+    with torch.no_grad(): entropy = torch.cat([-(l.exp() * l).sum(-1) for l in logps.flatten(0, 1).split(64)]).view(logps.shape[:2]) # in pieces that fit a cache
     b, at = source.unbind(-1)
-    return (logits[b, at, targets] - total[b, at]) * real, entropy[b, at] * real
+    return logps[b, at, targets] * real, entropy[b, at] * real

@@ -4,7 +4,7 @@ import pytest, torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from comam_nb.agents import FEW_SHOT, ExtractionAgent, act, sample_each, write_many
+from comam_nb.agents import FEW_SHOT, ExtractionAgent, act
 from comam_nb.assistant import Assistant
 from comam_nb.backbone import Backbone, BackboneError, add_adapters, load_backbone, prompt_ids
 from comam_nb.baselines import SYSTEMS
@@ -13,7 +13,7 @@ from comam_nb.data import DataError, Message, Session
 from comam_nb.mdp import State
 from comam_nb.memory_r1 import MEMORY_WORLD, MemoryR1, memory_r1_agents
 from comam_nb.microworld import MicroWorld, make_episodes, micro_agents
-from comam_nb.sampling import sample_group
+from comam_nb.sampling import sample_each, sample_group, write_many
 
 WORDS = "the cat drinks tea . yes no ?".split()
 

@@ -1,0 +1,26 @@
+"""The benchmark scripts start, and the law that growth.py fits is found again in made-up seconds."""
+import importlib.util, subprocess, sys
+from pathlib import Path
+import numpy as np, pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = sorted(p.name for p in FOLDER.glob("*.py"))
+
+def test_there_is_one_for_each_target():
+    assert {"joint_step.py", "growth.py", "adapters_memory.py", "extraction.py", "retrieval.py", "start_up.py"} <= set(SCRIPTS)
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(name):
+    done = subprocess.run([sys.executable, FOLDER / name, "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and f"python benchmarks/{name}" in done.stdout, done.stderr[-500:]
+
+def test_growth_finds_its_law():
+    pytest.importorskip("scipy")
+    spec = importlib.util.spec_from_file_location("growth", FOLDER / "growth.py")
+    growth = importlib.util.module_from_spec(spec); spec.loader.exec_module(growth)
+    a, b, c, d, e = law = np.array([0.5, 1.0, 0.25, 0.125, 0.0625])
+    rows = []
+    for p, g in growth.SIZES:
+        P = p / 1024
+        rows.append({"prompt": p, "G": g, "write": 0.0, "score": a + b * P + c * P**2 + g * (d + e * P)})
+    np.testing.assert_allclose(growth.fit(rows), law, rtol=1e-6)
