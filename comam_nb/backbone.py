@@ -51,6 +51,7 @@ class Backbone:
     name:str="" # where it came from
     stop:str="" # a completion ends behind this text, too
     context:int=0 # tokens to use at most, prompt and completion together; 0 for all that the model takes
+    writer:object=None # writes in the model's place, (rows of ids, G, tokens at most) -> ids of each row; see `CoMAMTrainer` and vLLM
 
     @property
     def device(self)->torch.device: return next(self.model.parameters()).device

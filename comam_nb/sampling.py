@@ -197,6 +197,10 @@ def sample_group(
     if draws is not None and top_p < 1: raise BackboneError("draws of one's own and top_p below 1 do not go together: leave top_p at 1")
     use_adapter(backbone.model, adapter)
     rows = [prompt_ids(backbone, p, reserve=max_new_tokens) for p in prompts]
+    if backbone.writer and temperature > 0:
+        written = [cut_at_end(w, backbone.eos_ids) for w in backbone.writer([r for r in rows for _ in range(G)], G, max_new_tokens)]
+        written = [cut_at_stop(w, backbone.stop, backbone.tokenizer.decode) for w in written]
+        return [[Sample(backbone.decode(w), tuple(r), w) for w in written[i * G:(i + 1) * G]] for i, r in enumerate(rows)]
     order, step, out = sorted(range(len(rows)), key=lambda i: len(rows[i])), max(1, batch_size // G), [None] * len(rows)
     model = backbone.model
     was_training, fold = model.training, shared_prefix and next(model.parameters()).dtype == torch.float32

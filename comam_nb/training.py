@@ -137,6 +137,7 @@ class CoMAMConfig(GRPOConfig):
         assign(torch.zeros(1, 3, 2), torch.zeros(1, 2), self.credit, self.credit_temperature, self.credit_rescale, self.credit_rule) # raises for unknown names
         if not self.trained_agents or [a for a in AGENTS if a in self.trained_agents] != list(self.trained_agents): raise CreditError(f"trained_agents is {self.trained_agents}: name one or more of {', '.join(AGENTS)}, in this order")
         if self.num_generations < 2: raise CreditError("group size 1: GRPO and the credit compare the rollouts of a group; take num_generations of at least 2")
+        if self.use_vllm: self.vllm_importance_sampling_correction = False # it needs vLLM's own log-probs of every token
         if self.sampling not in (None, "per_group", "stream"): raise CreditError(f"unknown sampling {self.sampling!r}: use per_group or stream")
         if self.sampling is None: self.sampling = "per_group" if world > 1 else "stream"
         if world > 1 and self.ddp_find_unused_parameters is None: self.ddp_find_unused_parameters = True # a pass uses one adapter of three
@@ -186,6 +187,7 @@ class RolloutTrainer(GRPOTrainer):
         assign(torch.zeros(1, 3, 2), torch.zeros(1, 2), self.scheme) # a scheme that cannot work fails now, not in step 1
         rows = step_rows(len(self.episodes), args.max_steps, args.episodes_per_step, args.world_size, args.seed, self.trained)
         model = trained_model({n: agents[n] for n in self.trained})
+        if args.use_vllm and isinstance(model, SeparatePolicies): raise CreditError("vLLM holds one model: use adapters or a shared policy, or leave use_vllm")
         tokenizer = agents[self.trained[0]].policy.tokenizer
         trainable = [p for p in model.parameters() if p.requires_grad]
         super().__init__(model=model, reward_funcs=integrated_reward, args=args, train_dataset=Dataset.from_list(rows),
@@ -204,7 +206,7 @@ class RolloutTrainer(GRPOTrainer):
         numbers = self.sampler.choose(a.episodes_per_step) if self.sampler else None # the same in every process
         mine = numbers[first:first + E] if numbers else [json.loads(x)["episode"] for x in labels[:E * G:G]]
         seeds = [(a.seed, self.state.global_step, first + e) for e in range(E)] if a.sampling == "per_group" else None
-        with whole_weights(self.model_wrapped):
+        with whole_weights(self.model_wrapped), self._vllm():
             groups = rollout(self.agents, [self.episodes[n] for n in mine], G, a.temperature, self.intervene, max(a.per_device_train_batch_size, G), seeds)
             local, answers = self.rewards(groups) # [E, 3, G], [E, G]
         credit = assign(local, answers, self.scheme, a.credit_temperature, a.credit_rescale, a.credit_rule)
@@ -214,6 +216,20 @@ class RolloutTrainer(GRPOTrainer):
         acts = [t[name] for name in self.trained for g in groups for t in g]
         return {"prompt_ids": [list(t.prompt_ids) for t in acts], "completion_ids": [list(t.action_ids) for t in acts], "logprobs": None,
                 "integrated": credit.rewards[:, trained].transpose(0, 1).reshape(-1).tolist()} # [agents, E, G] flattened, as the rows are
+
+    @contextmanager
+    def _vllm(self):
+        "Where TRL has started vLLM (`use_vllm=True`), it writes while the agents act."
+        engine, policies = getattr(self, "vllm_generation", None), {id(a.policy): a.policy for n, a in self.agents.items() if n in self.trained}
+        def write(rows, G, tokens):
+            engine.sync_weights() # those of the agent whose turn it is
+            return [tuple(ids[:tokens]) for ids in engine.generate(rows, None, G)[1]]
+        try:
+            if engine is not None:
+                for p in policies.values(): p.writer = write
+            yield
+        finally:
+            for p in policies.values(): p.writer = None
 
     def _everywhere(self, x):
         "The same tensor of all processes, [E_local, …] -> [E, …], in the order of the episodes."
@@ -400,7 +416,7 @@ class PrioritySampler:
         self.mean = sum(p for p, _ in self.known.values()) / len(self.known)
         self.highest = max(p for p, _ in self.known.values())
 
-# %% ../nbs/08_training.ipynb #694f66a7
+# %% ../nbs/08_training.ipynb #f54ca14d
 def diagnose(
     metrics:list, # log lines of a run, as in metrics.jsonl
     last:int=20, # how many of the last lines to look at
