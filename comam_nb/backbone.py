@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'pick_dtype', 'BackboneError', 'Backbone', 'prompt_ids', 'use_adapter', 'add_adapters', 'load_backbone',
-           'without_adapters', 'merged_adapter', 'choice_probs', 'OpenAIChat']
+           'without_adapters', 'merged_adapter', 'direct_adapter', 'choice_probs', 'OpenAIChat']
 
 # %% ../nbs/01_backbone.ipynb #71f8f737
 import os, time, warnings
@@ -184,20 +184,41 @@ def without_adapters(
         for p in trainable: p.requires_grad_(True)
 
 # %% ../nbs/01_backbone.ipynb #4ce85045
+def _plain_lora(model):
+    "The active adapter's name, and the linear layers that it adapts by plain LoRA."
+    name = getattr(model, "active_adapter", None) if hasattr(model, "peft_config") else None
+    return name, [m for m in model.modules() if name in getattr(m, "lora_A", ()) and isinstance(m.base_layer, torch.nn.Linear) and not getattr(m, "use_dora", {}).get(name)]
+
 @contextmanager
 def merged_adapter(
     model:torch.nn.Module, # a PeftModel with LoRA adapters; any other model is left alone
 ):
     "Compute with the sum of base and active adapter for a while; costs a copy of the adapted weights."
-    name = getattr(model, "active_adapter", None) if hasattr(model, "peft_config") else None
-    layers = [m for m in model.modules() if name in getattr(m, "lora_A", ()) and isinstance(m.base_layer, torch.nn.Linear)]
+    name, layers = _plain_lora(model)
     try:
         for l in layers: l.forward = partial(torch.nn.functional.linear, weight=l.base_layer.weight + l.get_delta_weight(name), bias=l.base_layer.bias)
         yield
     finally:
         for l in layers: l.__dict__.pop("forward", None)
 
-# %% ../nbs/01_backbone.ipynb #afbcb926
+# %% ../nbs/01_backbone.ipynb #3b7ffe89
+@contextmanager
+def direct_adapter(
+    model:torch.nn.Module, # a PeftModel with LoRA adapters; any other model is left alone
+):
+    "Compute base and active adapter apart, as PEFT does, by the shortest way for a while."
+    name, layers = _plain_lora(model)
+    linear = torch.nn.functional.linear
+    def forward(x, base, A, B):
+        y = base(x)
+        return (y + linear(linear(x.to(A.dtype), A), B)).to(y.dtype)
+    try:
+        for l in layers: l.forward = partial(forward, base=l.base_layer, A=l.lora_A[name].weight, B=l.lora_B[name].weight * l.scaling[name])
+        yield
+    finally:
+        for l in layers: l.__dict__.pop("forward", None)
+
+# %% ../nbs/01_backbone.ipynb #c3cc9f7c
 @torch.no_grad()
 def choice_probs(
     backbone:Backbone, # the judge; its adapters are switched off
@@ -217,7 +238,7 @@ def choice_probs(
             rows.append(torch.stack(scores).softmax(0))
     return torch.stack(rows).cpu()
 
-# %% ../nbs/01_backbone.ipynb #36736295
+# %% ../nbs/01_backbone.ipynb #d3c470bb
 class OpenAIChat:
     "A chat model behind an OpenAI-compatible server: acts, cannot be trained."
     def __init__(self,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .backbone import Backbone, BackboneError, merged_adapter, prompt_ids, use_adapter
+from .backbone import Backbone, BackboneError, direct_adapter, merged_adapter, prompt_ids, use_adapter
 
 # %% ../nbs/02_sampling.ipynb #0b6530f7
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def sample_group(
     order, step, out = sorted(range(len(rows)), key=lambda i: len(rows[i])), max(1, batch_size // G), [None] * len(rows)
     model = backbone.model
     was_training, fold = model.training, shared_prefix and next(model.parameters()).dtype == torch.float32
-    with merged_adapter(model) if fold else nullcontext():
+    with merged_adapter(model) if fold else direct_adapter(model) if shared_prefix else nullcontext():
         model.eval()
         for start in range(0, len(rows), step):
             chunk = order[start:start + step]; args = backbone, [rows[i] for i in chunk], G, temperature
@@ -337,7 +337,7 @@ def sample_each(
     if sum(map(len, rows)) < long * len(rows): return None
     use_adapter(backbone.model, adapter)
     training = backbone.model.training
-    with merged_adapter(backbone.model) if next(backbone.model.parameters()).dtype == torch.float32 else nullcontext():
+    with (merged_adapter if next(backbone.model.parameters()).dtype == torch.float32 else direct_adapter)(backbone.model):
         backbone.model.eval()
         written = write_many(backbone, rows, max_new_tokens, batch_size)
     backbone.model.train(training)
