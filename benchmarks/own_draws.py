@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from comam_nb.microworld import MicroWorld, make_episodes, micro_agents, micro_rewards
 from comam_nb.training import CoMAMConfig, CoMAMTrainer
 
-p = argparse.ArgumentParser()
+p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 for flag, value in (("--rounds", 6), ("--steps", 8), ("--episodes-per-step", 16), ("--group-size", 8)): p.add_argument(flag, type=int, default=value)
 args = p.parse_args()
 torch.set_num_threads(1); transformers.utils.logging.disable_progress_bar()

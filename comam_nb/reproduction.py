@@ -168,8 +168,9 @@ def _write(path, text):
 
 def _quietly(function, args, path):
     "One job, in a process of its own."
-    import logging, warnings, torch
+    import gc, logging, warnings, torch
     torch.set_num_threads(1)
+    gc.collect(); gc.freeze() # what earlier jobs have imported need not be looked through again
     warnings.filterwarnings("ignore"); logging.disable(logging.WARNING)
     start = time.perf_counter()
     row = {**function(*args), "seconds": round(time.perf_counter() - start, 1)}

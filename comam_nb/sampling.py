@@ -400,7 +400,10 @@ def shared_logprobs(
     temperature:float=1.0, # divide the logits by it
     long:int=512, # prompts of at least so many tokens get a pass of their own
 )->tuple: # log-probs [N, T] (0 where padded) and entropies [N, T]; differentiable
-    "As `token_logprobs`, every distinct prompt computed once. Exact where `can_share`."
+    "As `token_logprobs`, every distinct prompt, and every distinct completion of it, computed once. Exact where `can_share`."
+    rows = list(zip(map(tuple, prompts), map(tuple, completions)))
+    once = {r: i for i, r in enumerate(dict.fromkeys(rows))}
+    (prompts, completions), place = zip(*once), [once[r] for r in rows]
     param, packs = next(model.parameters()), _pack(prompts, completions)[0]
     cache, C = _root(model, [p for p, _ in packs])
     ids, positions, segment, source, targets, real, P = (x.to(param.device) if isinstance(x, torch.Tensor) else x for x in _layout(packs, completions, C))
@@ -418,4 +421,4 @@ def shared_logprobs(
     logps = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
     with torch.no_grad(): entropy = torch.cat([-(l.exp() * l).sum(-1) for l in logps.flatten(0, 1).split(64)]).view(logps.shape[:2]) # in pieces that fit a cache
     b, at = source.unbind(-1)
-    return logps[b, at, targets] * real, entropy[b, at] * real
+    return (logps[b, at, targets] * real)[place], (entropy[b, at] * real)[place]
