@@ -185,9 +185,10 @@ def without_adapters(
 
 # %% ../nbs/01_backbone.ipynb #4ce85045
 def _plain_lora(model):
-    "The active adapter's name, and the linear layers that it adapts by plain LoRA."
+    "The active adapter's name, and the linear layers that it adapts by plain LoRA, without dropout."
     name = getattr(model, "active_adapter", None) if hasattr(model, "peft_config") else None
-    return name, [m for m in model.modules() if name in getattr(m, "lora_A", ()) and isinstance(m.base_layer, torch.nn.Linear) and not getattr(m, "use_dora", {}).get(name)]
+    plain = lambda m: isinstance(m.base_layer, torch.nn.Linear) and not getattr(m, "use_dora", {}).get(name) and not (m.training and getattr(m.lora_dropout[name], "p", 0))
+    return name, [m for m in model.modules() if name in getattr(m, "lora_A", ()) and plain(m)]
 
 @contextmanager
 def merged_adapter(
@@ -209,11 +210,14 @@ def direct_adapter(
     "Compute base and active adapter apart, as PEFT does, by the shortest way for a while."
     name, layers = _plain_lora(model)
     linear = torch.nn.functional.linear
-    def forward(x, base, A, B):
-        y = base(x)
-        return (y + linear(linear(x.to(A.dtype), A), B)).to(y.dtype)
+    def forward(x, base, factors): # factors: number type -> A, sB; None is their own
+        where = x.device.type
+        dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else None
+        if dtype not in factors: factors[dtype] = [f.to(dtype) for f in factors[None]]
+        A, B = factors[dtype]
+        return base(x).add_(linear(linear(x.to(A.dtype), A), B))
     try:
-        for l in layers: l.forward = partial(forward, base=l.base_layer, A=l.lora_A[name].weight, B=l.lora_B[name].weight * l.scaling[name])
+        for l in layers: l.forward = partial(forward, base=l.base_layer, factors={None: [l.lora_A[name].weight, l.lora_B[name].weight * l.scaling[name]]})
         yield
     finally:
         for l in layers: l.__dict__.pop("forward", None)

@@ -204,8 +204,8 @@ def sample_group(
     order, step, out = sorted(range(len(rows)), key=lambda i: len(rows[i])), max(1, batch_size // G), [None] * len(rows)
     model = backbone.model
     was_training, fold = model.training, shared_prefix and next(model.parameters()).dtype == torch.float32
+    model.eval()
     with merged_adapter(model) if fold else direct_adapter(model) if shared_prefix else nullcontext():
-        model.eval()
         for start in range(0, len(rows), step):
             chunk = order[start:start + step]; args = backbone, [rows[i] for i in chunk], G, temperature
             own = None if draws is None else draws[chunk].flatten(0, 1).to(backbone.device) # [N, max_new_tokens]
@@ -337,8 +337,8 @@ def sample_each(
     if sum(map(len, rows)) < long * len(rows): return None
     use_adapter(backbone.model, adapter)
     training = backbone.model.training
+    backbone.model.eval()
     with (merged_adapter if next(backbone.model.parameters()).dtype == torch.float32 else direct_adapter)(backbone.model):
-        backbone.model.eval()
         written = write_many(backbone, rows, max_new_tokens, batch_size)
     backbone.model.train(training)
     return written and [[Sample(backbone.decode(w), tuple(r), w)] for r, w in zip(rows, written)]

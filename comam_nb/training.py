@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'grpo_loss', 'make_agents', 'SeparatePolicies', 'trained_model', 'step_rows', 'CoMAMConfig',
-           'integrated_reward', 'RolloutTrainer', 'LostProcess', 'last_checkpoint', 'whole_weights', 'CoMAMTrainer',
-           'save_agents', 'load_agents', 'PrioritySampler', 'diagnose']
+           'integrated_reward', 'keep_freed_memory', 'RolloutTrainer', 'LostProcess', 'last_checkpoint',
+           'whole_weights', 'CoMAMTrainer', 'save_agents', 'load_agents', 'PrioritySampler', 'diagnose']
 
 # %% ../nbs/08_training.ipynb #2eb8a073
-import json, os, random, re, signal, time
+import ctypes, json, os, random, re, signal, sys, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from .agents import ExtractionAgent, ProfileAgent, RetrievalAgent
-from .backbone import Backbone, BackboneError, add_adapters, merged_adapter, use_adapter
+from .backbone import Backbone, BackboneError, add_adapters, direct_adapter, merged_adapter, use_adapter
 from .credit import CreditError, assign, group_advantages
 from .mdp import AGENTS, rollout
 from .sampling import _pack, can_share, shared_logprobs
@@ -165,7 +165,14 @@ def _one_agent(batch, start, stop):
         if isinstance(v, torch.Tensor) and v.dim() == 2 and k.split("_")[0] != "prompt" and v.size(1) == width: piece[k] = v[:, :max(right, 1)]
     return piece
 
-# %% ../nbs/08_training.ipynb #c0a7212f
+# %% ../nbs/08_training.ipynb #8918ad27
+def keep_freed_memory():
+    "Tell glibc to keep freed memory for what comes next, for the life of the process; does nothing where there is no glibc."
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    for option, size in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)): # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+        if mallopt: mallopt(option, size)
+
+# %% ../nbs/08_training.ipynb #58af97a3
 class RolloutTrainer(GRPOTrainer):
     "TRL's trainer, fed by whole rollouts instead of single prompts; see `CoMAMTrainer`."
     def __init__(self,
@@ -181,6 +188,7 @@ class RolloutTrainer(GRPOTrainer):
         if not episodes: raise CreditError("no episodes to train on")
         if args.max_steps < 1: raise CreditError("set max_steps: the number of joint steps")
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+        if args.use_cpu: keep_freed_memory()
         self.agents, self.episodes, self.rewards, self.intervene, self.sampler = agents, list(episodes), rewards, intervene, sampler
         self.trained = tuple(args.trained_agents)
         self.scheme, self.last_groups, self._agent = credit or args.credit, None, None
@@ -251,7 +259,7 @@ class RolloutTrainer(GRPOTrainer):
             m[f"malformed_{agent}"].append(bad[:, i].mean().item())
         m["cut_off"].append(cut.mean().item())
 
-# %% ../nbs/08_training.ipynb #58af97a3
+# %% ../nbs/08_training.ipynb #aa3aff43
 class LostProcess(RuntimeError):
     "Another process of the run has ended; the message says where to go on."
 
@@ -280,7 +288,7 @@ def _train(self, *args, **kwargs):
 
 RolloutTrainer.train = _train
 
-# %% ../nbs/08_training.ipynb #8e44e3ff
+# %% ../nbs/08_training.ipynb #9585898a
 @contextmanager
 def whole_weights(
     model:torch.nn.Module, # as the trainer holds it
@@ -297,7 +305,7 @@ def whole_weights(
             state._comm_ctx.post_forward_order.clear()
             for group in state._fsdp_param_groups: group._post_forward_indices.clear()
 
-# %% ../nbs/08_training.ipynb #9585898a
+# %% ../nbs/08_training.ipynb #656be2be
 class CoMAMTrainer(RolloutTrainer):
     "Joint GRPO training of the three agents (CoMAM §4.3, Algorithm 1) on `trl.GRPOTrainer`; arguments as in `RolloutTrainer`."
     def _route(self, agent):
@@ -337,16 +345,16 @@ class CoMAMTrainer(RolloutTrainer):
         _, packed, plain = _pack(*rows)
         longest = max(len(p) + len(c) for p, c in zip(*rows))
         if (packed > 0.9 * plain and input_ids.device.type == "cuda") or not can_share(self.agents[self._agent].policy.model.config, longest): return None
-        with self.accelerator.autocast(), self._folded(model):
+        with self.accelerator.autocast(), self._lean(model):
             logps, entropy = shared_logprobs(model, *rows, self.temperature)
         return (*(torch.nn.functional.pad(x, (0, logits_to_keep - x.size(1))) for x in (logps, entropy)), None)
 
-    def _folded(self, model):
-        "Where a layer is hardly larger than its adapter, one product with their sum costs less than three."
+    def _lean(self, model):
+        "Adapters without PEFT's detours; where a layer is hardly larger than its adapter, one product with their sum costs less than three."
         plain = self.accelerator.unwrap_model(model)
-        r = max((c.r for c in getattr(plain, "peft_config", {}).values()), default=0)
-        small = r and plain.config.hidden_size <= 8 * r and plain.dtype == torch.float32 and not self.args.bf16 and not self.is_fsdp_enabled
-        return merged_adapter(plain) if small else nullcontext()
+        if not hasattr(plain, "peft_config") or self.is_fsdp_enabled or self.args.gradient_checkpointing: return nullcontext() # activations must be computed again as they were
+        small = plain.config.hidden_size <= 8 * max(c.r for c in plain.peft_config.values()) and plain.dtype == torch.float32 and not self.args.bf16
+        return merged_adapter(plain) if small else direct_adapter(plain)
 
     def _load_from_checkpoint(self, checkpoint, model=None):
         if self.is_fsdp_enabled: raise CreditError(f"{checkpoint}: a run under FSDP cannot be resumed, because Accelerate writes the active adapter only: start again")
@@ -356,7 +364,7 @@ class CoMAMTrainer(RolloutTrainer):
         else: super()._load_from_checkpoint(checkpoint, model)
         for p in trainable: p.requires_grad_(True) # PEFT loads all adapters but the active one as frozen
 
-# %% ../nbs/08_training.ipynb #656be2be
+# %% ../nbs/08_training.ipynb #c5fda3f0
 def save_agents(
     agents:dict, # name -> Agent
     folder:str|Path, # one subfolder per adapter, or per agent for separate policies
@@ -384,7 +392,7 @@ def load_agents(
         except RuntimeError as e: raise BackboneError(f"{path}: this adapter does not fit the model (other base, or other rank: set rank as in training)") from e
         if missed.unexpected_keys: raise BackboneError(f"{path}: this adapter was trained on another model: {missed.unexpected_keys[0]}")
 
-# %% ../nbs/08_training.ipynb #3b48634c
+# %% ../nbs/08_training.ipynb #7b02fcba
 class PrioritySampler:
     "Chooses episodes that taught something when they were last rolled out; one per run, with several processes an equal copy in each."
     def __init__(self,
@@ -416,7 +424,7 @@ class PrioritySampler:
         self.mean = sum(p for p, _ in self.known.values()) / len(self.known)
         self.highest = max(p for p, _ in self.known.values())
 
-# %% ../nbs/08_training.ipynb #f54ca14d
+# %% ../nbs/08_training.ipynb #32432be2
 def diagnose(
     metrics:list, # log lines of a run, as in metrics.jsonl
     last:int=20, # how many of the last lines to look at
