@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'grpo_loss', 'make_agents', 'SeparatePolicies', 'trained_model', 'step_rows', 'CoMAMConfig',
-           'integrated_reward', 'keep_freed_memory', 'RolloutTrainer', 'LostProcess', 'last_checkpoint',
-           'whole_weights', 'CoMAMTrainer', 'save_agents', 'load_agents', 'PrioritySampler', 'diagnose']
+           'integrated_reward', 'RolloutLog', 'LostProcess', 'last_checkpoint', 'LaunchedTrainer', 'whole_weights',
+           'RolloutStep', 'keep_freed_memory', 'RolloutTrainer', 'AgentScores', 'CoMAMTrainer', 'save_agents',
+           'load_agents', 'PrioritySampler', 'diagnose']
 
 # %% ../nbs/08_training.ipynb #2eb8a073
 import ctypes, json, os, random, re, signal, sys, time
@@ -165,15 +166,119 @@ def _one_agent(batch, start, stop):
         if isinstance(v, torch.Tensor) and v.dim() == 2 and k.split("_")[0] != "prompt" and v.size(1) == width: piece[k] = v[:, :max(right, 1)]
     return piece
 
-# %% ../nbs/08_training.ipynb #8918ad27
+# %% ../nbs/08_training.ipynb #c0a7212f
+class RolloutLog(GRPOTrainer):
+    "What a step's line in metrics.jsonl says."
+    def _everywhere(self, x):
+        "The same tensor of all processes, [E_local, …] -> [E, …], in the order of the episodes."
+        return x if self.accelerator.num_processes == 1 else self.accelerator.gather(x.contiguous().to(self.accelerator.device)).cpu()
+
+    def _note(self, groups, local, answers, credit):
+        "Keep what the step's line in metrics.jsonl needs, over all processes."
+        self.last_groups, m = groups, self._metrics["train"]
+        bad = [[[t[a].action.malformed > 0 for t in g] for a in AGENTS] for g in groups] # [E, 3, G]
+        cut = [[[len(t[a].action_ids) >= self.agents[a].max_new_tokens for t in g] for a in AGENTS] for g in groups]
+        local, answers, weights, rewards, bad, cut = map(self._everywhere, (local, answers, credit.weights, credit.rewards, torch.tensor(bad).double(), torch.tensor(cut).double()))
+        m["answer_accuracy"].append(answers.float().mean().item())
+        A = group_advantages(rewards)
+        for i, (agent, short) in enumerate(zip(AGENTS, ("r_cons_f", "r_cons_c", "r_ret"))):
+            m[short].append(local[:, i].float().mean().item())
+            m[f"w_{agent}"].append(weights[:, i].mean().item())
+            m[f"advantage_std_{agent}"].append(A[:, i].std().item())
+            m[f"zero_variance_{agent}"].append((rewards[:, i].std(-1) < 1e-8).float().mean().item())
+            m[f"malformed_{agent}"].append(bad[:, i].mean().item())
+        m["cut_off"].append(cut.mean().item())
+
+# %% ../nbs/08_training.ipynb #58af97a3
+class LostProcess(RuntimeError):
+    "Another process of the run has ended; the message says where to go on."
+
+def last_checkpoint(
+    folder:str|Path, # that a trainer writes checkpoints to
+)->Path|None: # None if there is none
+    "The newest whole checkpoint of a run."
+    whole = [p.parent for p in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+class LaunchedTrainer(RolloutLog):
+    "A run that may be one of several processes."
+    def train(self, *args, **kwargs):
+        "As TRL's `train`. Raises `LostProcess` where another process of the run has ended."
+        n, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if n == 1: return super().train(*args, **kwargs)
+        def lost():
+            last = None if self.is_fsdp_enabled else last_checkpoint(self.args.output_dir)
+            return LostProcess(f"process {rank} of {n} stops in step {self.state.global_step + 1}: another process of this run has ended, or all were told to stop. " +
+                               (f"Go on from {last}" if last else "There is no checkpoint to go on from (set save_strategy and save_steps, or --save-steps): start again"))
+        def stop(*_): raise lost()
+        before = signal.signal(signal.SIGTERM, stop)
+        try: return super().train(*args, **kwargs)
+        except RuntimeError as e: # gloo and NCCL say no more than that a connection has closed
+            if isinstance(e, LostProcess) or not re.search("gloo|nccl|closed by peer|reset by peer", str(e), re.I): raise
+            raise lost() from e
+        finally: signal.signal(signal.SIGTERM, before)
+
+# %% ../nbs/08_training.ipynb #8e44e3ff
+@contextmanager
+def whole_weights(
+    model:torch.nn.Module, # as the trainer holds it
+):
+    "Inside, every process holds all weights that FSDP 2 has shared out, for sampling and saving; nothing to do for other models."
+    from torch.distributed.fsdp import FSDPModule
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for m in parts: m.set_reshard_after_forward(False, recurse=False); m.unshard()
+    try: yield
+    finally:
+        for m in parts:
+            m.reshard(); m.set_reshard_after_forward(True, recurse=False)
+            state = m._get_fsdp_state() # it noted every forward pass, to fetch weights in the same order backwards; nobody goes backwards through a rollout
+            state._comm_ctx.post_forward_order.clear()
+            for group in state._fsdp_param_groups: group._post_forward_indices.clear()
+
+# %% ../nbs/08_training.ipynb #9585898a
+class RolloutStep(LaunchedTrainer):
+    "A step that begins with rollouts of the whole pipeline."
+    def _rollout(self, labels, trainer):
+        a, G = self.args, self.num_generations
+        E = len(labels) // (len(self.trained) * G)
+        first = self.accelerator.process_index * E # this process's place among the episodes of the step
+        numbers = self.sampler.choose(a.episodes_per_step) if self.sampler else None # the same in every process
+        mine = numbers[first:first + E] if numbers else [json.loads(x)["episode"] for x in labels[:E * G:G]]
+        seeds = [(a.seed, self.state.global_step, first + e) for e in range(E)] if a.sampling == "per_group" else None
+        with whole_weights(self.model_wrapped), self._vllm():
+            groups = rollout(self.agents, [self.episodes[n] for n in mine], G, a.temperature, self.intervene, max(a.per_device_train_batch_size, G), seeds)
+            local, answers = self.rewards(groups) # [E, 3, G], [E, G]
+        credit = assign(local, answers, self.scheme, a.credit_temperature, a.credit_rescale, a.credit_rule)
+        self._note(groups, torch.as_tensor(local), torch.as_tensor(answers), credit)
+        trained = [AGENTS.index(a) for a in self.trained]
+        if self.sampler: self.sampler.update(numbers, self._everywhere(credit.rewards)[:, trained].std(-1).mean(-1).tolist())
+        acts = [t[name] for name in self.trained for g in groups for t in g]
+        return {"prompt_ids": [list(t.prompt_ids) for t in acts], "completion_ids": [list(t.action_ids) for t in acts], "logprobs": None,
+                "integrated": credit.rewards[:, trained].transpose(0, 1).reshape(-1).tolist()} # [agents, E, G] flattened, as the rows are
+
+    @contextmanager
+    def _vllm(self):
+        "Where TRL has started vLLM (`use_vllm=True`), it writes while the agents act."
+        engine, policies = getattr(self, "vllm_generation", None), {id(a.policy): a.policy for n, a in self.agents.items() if n in self.trained}
+        def write(rows, G, tokens):
+            engine.sync_weights() # those of the agent whose turn it is
+            return [tuple(ids[:tokens]) for ids in engine.generate(rows, None, G)[1]]
+        try:
+            if engine is not None:
+                for p in policies.values(): p.writer = write
+            yield
+        finally:
+            for p in policies.values(): p.writer = None
+
+# %% ../nbs/08_training.ipynb #656be2be
 def keep_freed_memory():
     "Tell glibc to keep freed memory for what comes next, for the life of the process; does nothing where there is no glibc."
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for option, size in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)): # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
         if mallopt: mallopt(option, size)
 
-# %% ../nbs/08_training.ipynb #58af97a3
-class RolloutTrainer(GRPOTrainer):
+# %% ../nbs/08_training.ipynb #c5fda3f0
+class RolloutTrainer(RolloutStep):
     "TRL's trainer, fed by whole rollouts instead of single prompts; see `CoMAMTrainer`."
     def __init__(self,
         agents:dict, # name -> Agent, see `make_agents`
@@ -207,123 +312,14 @@ class RolloutTrainer(GRPOTrainer):
         if self.is_fsdp_enabled: args.shared_prefix = False # all processes must take the same way through the model, and which is shorter depends on the rows
         self.remove_callback(PrinterCallback) # prints every log line whole
 
-    def _rollout(self, labels, trainer):
-        a, G = self.args, self.num_generations
-        E = len(labels) // (len(self.trained) * G)
-        first = self.accelerator.process_index * E # this process's place among the episodes of the step
-        numbers = self.sampler.choose(a.episodes_per_step) if self.sampler else None # the same in every process
-        mine = numbers[first:first + E] if numbers else [json.loads(x)["episode"] for x in labels[:E * G:G]]
-        seeds = [(a.seed, self.state.global_step, first + e) for e in range(E)] if a.sampling == "per_group" else None
-        with whole_weights(self.model_wrapped), self._vllm():
-            groups = rollout(self.agents, [self.episodes[n] for n in mine], G, a.temperature, self.intervene, max(a.per_device_train_batch_size, G), seeds)
-            local, answers = self.rewards(groups) # [E, 3, G], [E, G]
-        credit = assign(local, answers, self.scheme, a.credit_temperature, a.credit_rescale, a.credit_rule)
-        self._note(groups, torch.as_tensor(local), torch.as_tensor(answers), credit)
-        trained = [AGENTS.index(a) for a in self.trained]
-        if self.sampler: self.sampler.update(numbers, self._everywhere(credit.rewards)[:, trained].std(-1).mean(-1).tolist())
-        acts = [t[name] for name in self.trained for g in groups for t in g]
-        return {"prompt_ids": [list(t.prompt_ids) for t in acts], "completion_ids": [list(t.action_ids) for t in acts], "logprobs": None,
-                "integrated": credit.rewards[:, trained].transpose(0, 1).reshape(-1).tolist()} # [agents, E, G] flattened, as the rows are
-
-    @contextmanager
-    def _vllm(self):
-        "Where TRL has started vLLM (`use_vllm=True`), it writes while the agents act."
-        engine, policies = getattr(self, "vllm_generation", None), {id(a.policy): a.policy for n, a in self.agents.items() if n in self.trained}
-        def write(rows, G, tokens):
-            engine.sync_weights() # those of the agent whose turn it is
-            return [tuple(ids[:tokens]) for ids in engine.generate(rows, None, G)[1]]
-        try:
-            if engine is not None:
-                for p in policies.values(): p.writer = write
-            yield
-        finally:
-            for p in policies.values(): p.writer = None
-
-    def _everywhere(self, x):
-        "The same tensor of all processes, [E_local, …] -> [E, …], in the order of the episodes."
-        return x if self.accelerator.num_processes == 1 else self.accelerator.gather(x.contiguous().to(self.accelerator.device)).cpu()
-
-    def _note(self, groups, local, answers, credit):
-        "Keep what the step's line in metrics.jsonl needs, over all processes."
-        self.last_groups, m = groups, self._metrics["train"]
-        bad = [[[t[a].action.malformed > 0 for t in g] for a in AGENTS] for g in groups] # [E, 3, G]
-        cut = [[[len(t[a].action_ids) >= self.agents[a].max_new_tokens for t in g] for a in AGENTS] for g in groups]
-        local, answers, weights, rewards, bad, cut = map(self._everywhere, (local, answers, credit.weights, credit.rewards, torch.tensor(bad).double(), torch.tensor(cut).double()))
-        m["answer_accuracy"].append(answers.float().mean().item())
-        A = group_advantages(rewards)
-        for i, (agent, short) in enumerate(zip(AGENTS, ("r_cons_f", "r_cons_c", "r_ret"))):
-            m[short].append(local[:, i].float().mean().item())
-            m[f"w_{agent}"].append(weights[:, i].mean().item())
-            m[f"advantage_std_{agent}"].append(A[:, i].std().item())
-            m[f"zero_variance_{agent}"].append((rewards[:, i].std(-1) < 1e-8).float().mean().item())
-            m[f"malformed_{agent}"].append(bad[:, i].mean().item())
-        m["cut_off"].append(cut.mean().item())
-
-# %% ../nbs/08_training.ipynb #aa3aff43
-class LostProcess(RuntimeError):
-    "Another process of the run has ended; the message says where to go on."
-
-def last_checkpoint(
-    folder:str|Path, # that a trainer writes checkpoints to
-)->Path|None: # None if there is none
-    "The newest whole checkpoint of a run."
-    whole = [p.parent for p in Path(folder).glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
-
-def _train(self, *args, **kwargs):
-    "As TRL's `train`. Raises `LostProcess` where another process of the run has ended."
-    n, rank = self.accelerator.num_processes, self.accelerator.process_index
-    if n == 1: return super(RolloutTrainer, self).train(*args, **kwargs)
-    def lost():
-        last = None if self.is_fsdp_enabled else last_checkpoint(self.args.output_dir)
-        return LostProcess(f"process {rank} of {n} stops in step {self.state.global_step + 1}: another process of this run has ended, or all were told to stop. " +
-                           (f"Go on from {last}" if last else "There is no checkpoint to go on from (set save_strategy and save_steps, or --save-steps): start again"))
-    def stop(*_): raise lost()
-    before = signal.signal(signal.SIGTERM, stop)
-    try: return super(RolloutTrainer, self).train(*args, **kwargs)
-    except RuntimeError as e: # gloo and NCCL say no more than that a connection has closed
-        if isinstance(e, LostProcess) or not re.search("gloo|nccl|closed by peer|reset by peer", str(e), re.I): raise
-        raise lost() from e
-    finally: signal.signal(signal.SIGTERM, before)
-
-RolloutTrainer.train = _train
-
-# %% ../nbs/08_training.ipynb #9585898a
-@contextmanager
-def whole_weights(
-    model:torch.nn.Module, # as the trainer holds it
-):
-    "Inside, every process holds all weights that FSDP 2 has shared out, for sampling and saving; nothing to do for other models."
-    from torch.distributed.fsdp import FSDPModule
-    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    for m in parts: m.set_reshard_after_forward(False, recurse=False); m.unshard()
-    try: yield
-    finally:
-        for m in parts:
-            m.reshard(); m.set_reshard_after_forward(True, recurse=False)
-            state = m._get_fsdp_state() # it noted every forward pass, to fetch weights in the same order backwards; nobody goes backwards through a rollout
-            state._comm_ctx.post_forward_order.clear()
-            for group in state._fsdp_param_groups: group._post_forward_indices.clear()
-
-# %% ../nbs/08_training.ipynb #656be2be
-class CoMAMTrainer(RolloutTrainer):
-    "Joint GRPO training of the three agents (CoMAM §4.3, Algorithm 1) on `trl.GRPOTrainer`; arguments as in `RolloutTrainer`."
+# %% ../nbs/08_training.ipynb #f33ce5b1
+class AgentScores(RolloutTrainer):
+    "The right adapter for each row's log-probabilities, and shared prompts computed once."
     def _route(self, agent):
         self._agent = agent
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, SeparatePolicies): model.active = agent
         else: use_adapter(model, self.agents[agent].adapter)
-
-    def _prepare_inputs(self, generation_batch):
-        if not self.model.training: return super()._prepare_inputs(generation_batch)
-        spg, size = self.args.steps_per_generation, self.args.per_device_train_batch_size
-        if self._step % (spg * self.num_iterations) == 0 or self._buffered_inputs is None:
-            self._agent = None
-            batch = self._generate_and_score_completions(generation_batch)
-            self._buffered_inputs = [_one_agent(batch, i * size, (i + 1) * size) for i in range(spg)]
-        i = self._step % spg
-        self._route(self.trained[i * len(self.trained) // spg])
-        return self._buffered_inputs[i]
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs):
         score = super()._get_per_token_logps_and_entropies
@@ -356,6 +352,20 @@ class CoMAMTrainer(RolloutTrainer):
         small = plain.config.hidden_size <= 8 * max(c.r for c in plain.peft_config.values()) and plain.dtype == torch.float32 and not self.args.bf16
         return merged_adapter(plain) if small else direct_adapter(plain)
 
+# %% ../nbs/08_training.ipynb #8283c129
+class CoMAMTrainer(AgentScores):
+    "Joint GRPO training of the three agents (CoMAM §4.3, Algorithm 1) on `trl.GRPOTrainer`; arguments as in `RolloutTrainer`."
+    def _prepare_inputs(self, generation_batch):
+        if not self.model.training: return super()._prepare_inputs(generation_batch)
+        spg, size = self.args.steps_per_generation, self.args.per_device_train_batch_size
+        if self._step % (spg * self.num_iterations) == 0 or self._buffered_inputs is None:
+            self._agent = None
+            batch = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = [_one_agent(batch, i * size, (i + 1) * size) for i in range(spg)]
+        i = self._step % spg
+        self._route(self.trained[i * len(self.trained) // spg])
+        return self._buffered_inputs[i]
+
     def _load_from_checkpoint(self, checkpoint, model=None):
         if self.is_fsdp_enabled: raise CreditError(f"{checkpoint}: a run under FSDP cannot be resumed, because Accelerate writes the active adapter only: start again")
         trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -364,7 +374,7 @@ class CoMAMTrainer(RolloutTrainer):
         else: super()._load_from_checkpoint(checkpoint, model)
         for p in trainable: p.requires_grad_(True) # PEFT loads all adapters but the active one as frozen
 
-# %% ../nbs/08_training.ipynb #c5fda3f0
+# %% ../nbs/08_training.ipynb #8709a75a
 def save_agents(
     agents:dict, # name -> Agent
     folder:str|Path, # one subfolder per adapter, or per agent for separate policies
@@ -392,7 +402,7 @@ def load_agents(
         except RuntimeError as e: raise BackboneError(f"{path}: this adapter does not fit the model (other base, or other rank: set rank as in training)") from e
         if missed.unexpected_keys: raise BackboneError(f"{path}: this adapter was trained on another model: {missed.unexpected_keys[0]}")
 
-# %% ../nbs/08_training.ipynb #7b02fcba
+# %% ../nbs/08_training.ipynb #d35495ce
 class PrioritySampler:
     "Chooses episodes that taught something when they were last rolled out; one per run, with several processes an equal copy in each."
     def __init__(self,
@@ -424,7 +434,7 @@ class PrioritySampler:
         self.mean = sum(p for p, _ in self.known.values()) / len(self.known)
         self.highest = max(p for p, _ in self.known.values())
 
-# %% ../nbs/08_training.ipynb #32432be2
+# %% ../nbs/08_training.ipynb #02eafd1d
 def diagnose(
     metrics:list, # log lines of a run, as in metrics.jsonl
     last:int=20, # how many of the last lines to look at
