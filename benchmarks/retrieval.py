@@ -106,25 +106,22 @@ def query_bank(a, found):
     import bm25s # only now: what a process has imported costs time in every garbage collection
     from sklearn.feature_extraction.text import TfidfVectorizer
     cut = dict(stopwords=None, show_progress=False)
-    print(f"side by side, taking turns; bm25s {bm25s.__version__} has the bucket in memory and gives texts; the bank gives entries from the file, with their provenance")
+    print(f"bm25s {bm25s.__version__} has the bucket in memory and gives three texts; the bank gives entries from the file, with their provenance: up to nine (p = 3, K = 3, the paper's), or three")
     several = rng.integers(a.subcategories, size=10).tolist()
-    peers = {s: bm25s.BM25() for s in several}
-    texts = {s: [c.text for c in bank.entries(*kind(s))] for s in several}
+    peers, texts = {s: bm25s.BM25() for s in several}, {s: [c.text for c in bank.entries(*kind(s))] for s in several}
     for s, peer in peers.items(): peer.index(bm25s.tokenize(texts[s], **cut), show_progress=False)
     for how in ("tfidf", "bm25"):
-        ours, three, theirs, ranks = [], [], [], []
+        ways = {"bm25s": lambda q: peers[s].retrieve(bm25s.tokenize([q], **cut), corpus=texts[s], k=3, show_progress=False),
+                "nine": lambda q: bank.retrieve(q, *kind(s), how=how), "three": lambda q: bank.retrieve(q, *kind(s), how=how, K=1),
+                "rank": lambda q: np.argpartition(HOW[how](bank._buckets[kind(s)].index, q), -3)[-3:]}
+        turns, rows = {w: [] for w in ("bm25s", "nine", "three")}, {w: [] for w in ways}
         for s in several:
-            bank.retrieve(made.query(), *kind(s), how=how)
-            index = bank._buckets[kind(s)].index
-            for query in [made.query() for _ in range(200)]:
-                theirs.append(timed(lambda: peers[s].retrieve(bm25s.tokenize([query], **cut), corpus=texts[s], k=3, show_progress=False))[1])
-                ours.append(timed(bank.retrieve, query, *kind(s), how=how)[1])
-                other = made.query() # whose entries are not at hand
-                three.append(timed(bank.retrieve, other, *kind(s), how=how, K=1)[1])
-                ranks.append(timed(lambda: np.argpartition(HOW[how](index, query), -3)[-3:])[1])
-        found[how], found["bm25s " + how] = show(f"retrieve, {how}, the paper's p = 3 and K = 3", ours), show("bm25s over the same bucket, k = 3", theirs)
-        found["three " + how] = show("  retrieve with K = 1: three entries, as many as bm25s gives", three)
-        found["rank " + how] = show("  ranking alone: what retrieve does before it reads entries", ranks)
+            for w in ways: ways[w](made.query())
+            for _ in range(200): # one query of each, then the next: each finds the processor's caches full of the others
+                for w in turns: turns[w].append(timed(ways[w], made.query())[1])
+            for w in ways: rows[w] += [timed(ways[w], q)[1] for q in [made.query() for _ in range(200)]]
+        for way, ms in turns.items(): found[f"turns {way} {how}"] = show(f"{how}, taking turns: {way}", ms)
+        for way, ms in rows.items(): found[f"rows {way} {how}"] = show(f"{how}, 200 queries in a row: {way}", ms)
 
     vectorizer = TfidfVectorizer()
     matrix, ms = timed(vectorizer.fit_transform, (" ".join(r) for r in bank._db.execute("SELECT situation, enforce, avoid FROM entries WHERE removed IS NULL")))
@@ -216,7 +213,8 @@ def main():
     print(f"bulk add: {f['bulk'][0]:.0f} s, in processor time {f['bulk'][1]:.0f} s; validation, if wanted, another {f['checking']:.0f} s (target 300); one entry: p50 {f['one'][0]:.2f} ms, in processor time {f['one'][1]:.2f} (target 2)")
     print(f"search: p50 {f['search'][0]:.2f} ms within a user, p50 {f['search_mixed'][0]:.2f} ms over random users (target 2)")
     print(f"retrieve vs scikit-learn over the whole bank: {f['sklearn'][0]/f['ours'][0]:.0f}x")
-    print(f"retrieve vs bm25s over the same bucket: {f['bm25s tfidf'][0]/f['tfidf'][0]:.2f}x with tfidf, {f['bm25s bm25'][0]/f['bm25'][0]:.2f}x with bm25; three entries (K = 1) {f['bm25s tfidf'][0]/f['three tfidf'][0]:.2f}x and {f['bm25s bm25'][0]/f['three bm25'][0]:.2f}x; ranking alone {f['bm25s tfidf'][0]/f['rank tfidf'][0]:.2f}x and {f['bm25s bm25'][0]/f['rank bm25'][0]:.2f}x")
+    times = lambda way, mine: " and ".join(f"{f[f'{way} bm25s {how}'][0] / f[f'{way} {mine} {how}'][0]:.2f}x" for how in ("tfidf", "bm25"))
+    print(f"retrieve vs bm25s over the same bucket, tfidf and bm25: up to nine entries {times('rows', 'nine')}, three {times('rows', 'three')}, ranking alone {times('rows', 'rank')}; taking turns with it, nine {times('turns', 'nine')}, three {times('turns', 'three')}")
 
 
 if __name__ == "__main__": main()

@@ -110,8 +110,8 @@ def tfidf_scores(
     scores = np.zeros(len(index.alive))
     for term, weight in tfidf_weights(index, query):
         docs, counts = index.lists(term)
-        scores[docs] += weight * (counts * index.idf(term) / norms(index)[docs])
-    return scores
+        scores[docs] += weight * index.idf(term) * counts
+    return scores / norms(index)
 
 # %% ../../nbs/memcollab/04_bank.ipynb #07b70db4
 def bm25_scores(
@@ -217,11 +217,12 @@ class Packed:
     def idfs(self)->np.ndarray: return self._per_word(smooth_idf) # float64 [words]
     def idf(self, term:int)->float: return float(self.idfs[term])
     @cached_property
-    def unit(self)->np.ndarray: # float64 [postings], tf * idf / length of the entry's vector
-        docs, x = self.lists.docs.astype(np.intp), np.repeat(self.idfs, self.df)
-        x *= self.lists.counts
-        x /= np.sqrt(np.bincount(docs, x * x, minlength=self.n))[docs]
-        return x
+    def lengths(self)->np.ndarray: # float64 [documents], of their TF-IDF vectors, 1 where there is none
+        squares, starts = np.zeros(self.n), self.lists.starts
+        for i in range(0, len(self.df), 1024): # words at a time: fresh memory is what a first touch pays for
+            part, words = slice(starts[i], starts[min(i + 1024, len(self.df))]), slice(i, i + 1024)
+            np.add.at(squares, self.lists.docs[part], (np.repeat(self.idfs[words], self.df[words]) * self.lists.counts[part])**2)
+        return np.sqrt(np.where(squares > 0, squares, 1))
     @cached_property
     def saturated(self)->np.ndarray: # float64 [postings], BM25's share of one occurrence in the query, k1 = 1.5, b = 0.75
         docs, tf, x, k1, b = self.lists.docs.astype(np.intp), self.lists.counts, np.repeat(self._per_word(lucene_idf), self.df), 1.5, 0.75
@@ -230,23 +231,23 @@ class Packed:
         x /= tf + (k1 * (1 - b + b * lengths * self.n / lengths.sum()))[docs]
         return x
     def sum(self,
-        values:np.ndarray,  # float64 [postings]
+        values:np.ndarray,  # [postings]
         terms:np.ndarray,   # int64 [k], in alphabetical order
         weights:np.ndarray, # float64 [k], of the terms
     )->np.ndarray: # float64 [documents]
         "Weighted sum of posting lists, added in the order of `terms`."
         if not len(terms): return np.zeros(self.n)
         spans = [slice(a, z) for a, z in zip(self.lists.starts[terms].tolist(), self.lists.starts[terms + 1].tolist())]
-        parts = np.concatenate([values[s] for s in spans])
-        parts *= np.repeat(weights, self.df[terms])
+        parts = np.concatenate([values[s] for s in spans]) * np.repeat(weights, self.df[terms])
         return np.bincount(np.concatenate([self.lists.docs[s] for s in spans]), parts, minlength=self.n)
 
 # %% ../../nbs/memcollab/04_bank.ipynb #a5909343
 def packed_tfidf(index, query:str)->np.ndarray: # float64 [documents]
     "`tfidf_scores` from a `Packed` index."
     terms, counts = index.known(query)
-    weights = counts * index.idfs[terms]
-    return index.sum(index.unit, terms, weights / (math.sqrt(sum((weights * weights).tolist())) or 1))
+    idfs = index.idfs[terms]
+    weights = counts * idfs
+    return index.sum(index.lists.counts, terms, weights / (math.sqrt(sum((weights * weights).tolist())) or 1) * idfs) / index.lengths
 def packed_bm25(index, query:str)->np.ndarray: # float64 [documents]
     "`bm25_scores` from a `Packed` index."
     return index.sum(index.saturated, *index.known(query)) if index.n else np.zeros(0)
