@@ -33,7 +33,8 @@ def readdress(text: str, path: str, user: str, repo: str, branch: str):
     text = text.replace(first.splitlines()[0], badge(path, user, repo, branch), 1) # the whole line: a notebook may have been moved
     text = re.sub(re.escape(COLAB) + r"[^\s()\"]+?/blob/[^\s()\"]+?/nbs/", lambda m: f"{COLAB}{user}/{repo}/blob/{branch}/nbs/", text)
     text = re.sub(r"(pip install -q git\+)https://github\.com/[\w.-]+/[\w.-]+", lambda m: m[1] + home, text)
-    return re.sub(r"git clone https://github\.com/[\w.-]+/[\w.-]+ && cd [\w.-]+", lambda m: f"git clone {home} && cd {repo}", text)
+    text = re.sub(r"(git clone (?:-q )?)https://github\.com/[\w.-]+/[\w.-]+", lambda m: m[1] + home, text)
+    return re.sub(r"(git clone \S+ && cd |%cd )[\w-][\w.-]*", lambda m: m[1] + repo, text)
 
 def main(argv=None, root: Path = ROOT):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])

@@ -220,8 +220,8 @@ class Packed:
     def lengths(self)->np.ndarray: # float64 [documents], of their TF-IDF vectors, 1 where there is none
         squares, starts = np.zeros(self.n), self.lists.starts
         for i in range(0, len(self.df), 1024): # words at a time: fresh memory is what a first touch pays for
-            part, words = slice(starts[i], starts[min(i + 1024, len(self.df))]), slice(i, i + 1024)
-            np.add.at(squares, self.lists.docs[part], (np.repeat(self.idfs[words], self.df[words]) * self.lists.counts[part])**2)
+            some, part = slice(i, i + 1024), slice(starts[i], starts[min(i + 1024, len(self.df))])
+            np.add.at(squares, self.lists.docs[part], (np.repeat(self.idfs[some], self.df[some]) * self.lists.counts[part])**2)
         return np.sqrt(np.where(squares > 0, squares, 1))
     @cached_property
     def saturated(self)->np.ndarray: # float64 [postings], BM25's share of one occurrence in the query, k1 = 1.5, b = 0.75
