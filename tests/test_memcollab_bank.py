@@ -407,7 +407,7 @@ def test_adding_is_incremental():
     bank._db.set_trace_callback(asked.append)
     bank.retrieve("case", "c", "u")
     bank._db.set_trace_callback(None)
-    assert bank._buckets["c", "u"].n == bucket.n + 1 and not any("packed" in sql for sql in asked) # the one row, not the bucket again
+    assert bank._buckets["c", "u"].n == bucket.n + 1 and not any("buckets" in sql for sql in asked) # the one row, not the bucket again
     same = bank._buckets["c", "u"]
     bank.add(Constraint("elsewhere", "check", "", "d")); bank.retrieve("case", "d"); bank.retrieve("case", "c", "u")
     assert bank._buckets["c", "u"] is same
@@ -450,21 +450,21 @@ def filled(path, n=300):
         return bank.retrieve("case rate price", "c", "u", p=9)
 
 
-@pytest.mark.parametrize("damage", ["UPDATE packed SET arrays=zeroblob(length(arrays))", "UPDATE packed SET names='{}'", "UPDATE packed SET names=x'ff', arrays=''", "UPDATE packed SET checksum=0",
-                                    "UPDATE packed SET arrays=substr(arrays, 9)", "DELETE FROM packed", "DROP TABLE packed"])
+@pytest.mark.parametrize("damage", ["UPDATE buckets SET arrays=zeroblob(length(arrays))", "UPDATE buckets SET layout='{}'", "UPDATE buckets SET layout=x'ff', arrays=''", "UPDATE buckets SET checksum=0",
+                                    "UPDATE buckets SET arrays=substr(arrays, 9)", "DELETE FROM buckets", "DROP TABLE buckets"])
 def test_damaged_arrays_are_passed_over(tmp_path, damage):
     hits = filled(tmp_path/"b.db")
-    db = sqlite3.connect(tmp_path/"b.db"); assert db.execute("SELECT size FROM packed").fetchone() == (300,); db.execute(damage); db.commit(); db.close()
+    db = sqlite3.connect(tmp_path/"b.db"); assert db.execute("SELECT size FROM buckets").fetchone() == (300,); db.execute(damage); db.commit(); db.close()
     with ConstraintBank(tmp_path/"b.db") as bank: # DROP: a file from before there was such a table
         assert bank.retrieve("case rate price", "c", "u", p=9) == hits
-        assert bank.pack() == 1 and bank._db.execute("SELECT size FROM packed").fetchone() == (300,)
+        assert bank.pack() == 1 and bank._db.execute("SELECT size FROM buckets").fetchone() == (300,)
     with ConstraintBank(tmp_path/"b.db") as bank: assert bank.retrieve("case rate price", "c", "u", p=9) == hits
 
 
 def test_arrays_fall_behind_and_are_stored_again(tmp_path):
     filled(tmp_path/"b.db")
     with ConstraintBank(tmp_path/"b.db") as bank:
-        held = lambda: bank._db.execute("SELECT version, size FROM packed").fetchone()
+        held = lambda: bank._db.execute("SELECT version, size FROM buckets").fetchone()
         for i in range(130):
             bank.add(Constraint(f"again {'y'*i}", "check it", "", "c", "u"), check=False)
             assert held() == ((1, 300) if i < 128 else (130, 429))
@@ -481,7 +481,7 @@ def test_a_failed_add_leaves_the_arrays_alone(tmp_path, monkeypatch):
         monkeypatch.setattr(BankPacking, "_repack", broken)
         with pytest.raises(MemCollabError, match="disk full"): bank.add([Constraint(f"case rate price {'z'*i}", "check", "", "c", "u") for i in range(200)], check=False)
         monkeypatch.undo()
-        assert len(bank) == 300 and bank.retrieve("case rate price", "c", "u", p=9) == hits and bank._db.execute("SELECT size FROM packed").fetchone() == (300,)
+        assert len(bank) == 300 and bank.retrieve("case rate price", "c", "u", p=9) == hits and bank._db.execute("SELECT size FROM buckets").fetchone() == (300,)
 
 
 def test_more_buckets_than_are_kept(monkeypatch):
