@@ -162,11 +162,12 @@ class Names:
     def find(self, name:str)->int|None: # its place
         i = self.spot(name)
         return i if i < len(self) and self.span(i, i + 1) == to_bytes(name) else None
-    def where(self, names)->list: # the place of each, None for an unknown one
-        place, n = self._place, len(self)
-        if (old := len(place)) < n: place.update(zip(self.texts(old, new := min(old + 8*len(names), n)), range(old, new)))
-        found = [place.get(x) for x in names]
-        return found if len(place) == n else [self.find(x) if i is None else i for x, i in zip(names, found)]
+    def finder(self, n:int): # name -> its place, None for an unknown one; to be asked for n names
+        place = self._place
+        if (old := len(place)) < len(self): place.update(zip(self.texts(old, new := min(old + 8*n, len(self))), range(old, new)))
+        return place.get if len(place) == len(self) else lambda x: self.find(x) if (i := place.get(x)) is None else i
+    def where(self, names:list)->list: # the place of each, None for an unknown one
+        return list(map(self.finder(len(names)), names))
     def keep(self,
         kept:np.ndarray, # bool [names]
     ):
@@ -249,15 +250,15 @@ class Packed:
         n:int, # documents
     ):
         self.lists, self.n, self._asked = lists, n, (None,)
-    def asked(self, query:str)->tuple: # the words that some entry has, in alphabetical order: tuple [k], slices of their lists [k], intp [k] df, float64 [k] how often in the query
+    def asked(self, query:str)->tuple: # the words that some entry has, in alphabetical order: list [k] of places, slices of their lists [k], intp [k] df, float64 [k] how often in the query
         if self._asked[0] != query: # asked twice for each query: to rank, and to say why
-            counts, starts = {}, self.lists.starts
-            for w in words(query): counts[w] = counts.get(w, 0) + 1
-            known = sorted([(t, w, counts[w]) for t, w in zip(self.lists.names.where(counts), counts) if t is not None])
-            terms, known, counts = zip(*known) if known else ((), (), ())
-            terms = np.array(terms, np.intp)
+            text, starts, counts = words(query), self.lists.starts, {}
+            for t in map(self.lists.names.finder(len(text)), text): counts[t] = counts.get(t, 0) + 1
+            counts.pop(None, None)
+            places = sorted(counts)
+            terms = np.array(places, np.intp)
             begin, end = starts[terms], starts[terms + 1]
-            self._asked = query, (known, [slice(a, z) for a, z in zip(begin.tolist(), end.tolist())], (end - begin).astype(np.intp), np.array(counts, float))
+            self._asked = query, (places, [slice(a, z) for a, z in zip(begin.tolist(), end.tolist())], (end - begin).astype(np.intp), np.array([counts[t] for t in places], float))
         return self._asked[1]
     def _by_df(self, f)->np.ndarray: # float64 [largest df + 1], f(n, df) for every df that some word has
         has = np.bincount(np.diff(self.lists.starts))
@@ -289,7 +290,8 @@ class Packed:
     )->np.ndarray: # float64 [documents]
         "Weighted sum of posting lists, added in the order of the words."
         if not spans: return np.zeros(self.n)
-        parts = np.concatenate([values[s] for s in spans]) * np.repeat(weights, df)
+        parts = np.repeat(weights, df)
+        parts *= np.concatenate([values[s] for s in spans])
         return np.bincount(np.concatenate([self.lists.docs[s] for s in spans]), parts, minlength=self.n)
 
 # %% ../../nbs/memcollab/04_bank.ipynb #1013467b
@@ -746,10 +748,11 @@ def choose(
 class Rarest:
     "A query's words, the rarest first; sorted whenever somebody wants them."
     def __init__(self,
-        words:tuple,   # distinct
+        names:Names,
+        places:list,   # of the words
         df:np.ndarray, # [words], in how many entries each is
-    ): self.words, self.df = words, df
-    def __iter__(self): return (w for _, w in sorted(zip(self.df.tolist(), self.words)))
+    ): self.names, self.places, self.df = names, places, df
+    def __iter__(self): return (w for _, w in sorted((n, *self.names.texts(i, i + 1)) for n, i in zip(self.df.tolist(), self.places)))
 
 # %% ../../nbs/memcollab/04_bank.ipynb #19ceacc0
 @dataclass(frozen=True, repr=False)
@@ -880,8 +883,9 @@ class BankRankings(BankSearch):
             except StoreError as e: raise MemCollabError(str(e)) from None
         return ArrayRanking(HOW[how](bucket.index, query))
     def _hits(self, db, bucket, query, found):
-        constraints, (known, _, df, _) = self._constraints(db, bucket, [d for _, d in found]), bucket.index.asked(query)
-        asked = Rarest(known, df)
+        constraints, index = self._constraints(db, bucket, [d for _, d in found]), bucket.index
+        places, _, df, _ = index.asked(query)
+        asked = Rarest(index.lists.names, places, df)
         return [Hit(c, score, asked) for (score, _), c in zip(found, constraints)]
     def _pick(self, hits, query, p, chat):
         "Let a model choose among the samples that TF-IDF proposes; without a usable reply the first p stay."
