@@ -164,7 +164,7 @@ class Names:
         return i if i < len(self) and self.span(i, i + 1) == to_bytes(name) else None
     def finder(self, n:int): # name -> its place, None for an unknown one; to be asked for n names
         place = self._place
-        if (old := len(place)) < len(self): place.update(zip(self.texts(old, new := min(old + 8*n, len(self))), range(old, new)))
+        if (old := len(place)) < len(self): place.update(zip(self.texts(old, new := min(old + 32*n, len(self))), range(old, new)))
         return place.get if len(place) == len(self) else lambda x: self.find(x) if (i := place.get(x)) is None else i
     def where(self, names:list)->list: # the place of each, None for an unknown one
         return list(map(self.finder(len(names)), names))
@@ -177,14 +177,15 @@ class Names:
         return Names(text, smallest(np.cumsum(np.concatenate([[0], lengths[kept]]))))
     def plus(self,
         fresh:list, # of texts, in order, none of them here yet
-    )->tuple: # the names, with these among them, and where each of the old ones is now, int64 [names]
+    )->tuple: # the names, with these among them; where the old ones are now, int64 [names], and the new ones, int64 [fresh]
         "More names."
-        spots, new, old = [self.spot(x) for x in fresh], [to_bytes(x) for x in fresh], np.arange(len(self))
-        if not fresh: return self, old
+        old, listed = np.arange(len(self)), self.tolist() if 8*len(fresh) > len(self) else None
+        if not fresh: return self, old, old[:0]
+        spots, new = [self.spot(x) if listed is None else bisect_left(listed, x) for x in fresh], [to_bytes(x) for x in fresh]
         pieces = [self.span(a, z) for a, z in zip([0, *spots], [*spots, len(self)])]
         lengths = np.insert(np.diff(self.ends.astype(np.int64)), spots, [len(x) for x in new])
         text = b"".join(x for pair in zip(pieces, [*new, b""]) for x in pair)
-        return Names(text, smallest(np.cumsum(np.concatenate([[0], lengths])))), old + np.searchsorted(spots, old, side="right")
+        return Names(text, smallest(np.cumsum(np.concatenate([[0], lengths])))), old + np.searchsorted(spots, old, side="right"), spots + np.arange(len(fresh))
 
 # %% ../../nbs/memcollab/04_bank.ipynb #03367e36
 @dataclass(frozen=True, eq=False)
@@ -226,8 +227,10 @@ def join_names(
     "One alphabet of several; quick if most names are in the longest list."
     base = max(several, key=len)
     others = sorted(set().union(*(s.tolist() for s in several if s is not base)))
-    names, moved = base.plus([x for x, i in zip(others, base.where(others)) if i is None])
-    return names, [moved if s is base else np.array(names.where(s.tolist()), np.int64) for s in several]
+    known = dict(zip(others, base.where(others)))
+    names, moved, added = base.plus(fresh := [x for x, i in known.items() if i is None])
+    place = {x: moved.item(i) for x, i in known.items() if i is not None} | dict(zip(fresh, added.tolist()))
+    return names, [moved if s is base else np.array([place[x] for x in s.tolist()], np.int64) for s in several]
 def merge_lists(
     parts:list,   # of Lists
     numbers:list, # per part int64 [its documents]: their new numbers, -1 for those that are gone
@@ -258,7 +261,7 @@ class Packed:
             places = sorted(counts)
             terms = np.array(places, np.intp)
             begin, end = starts[terms], starts[terms + 1]
-            self._asked = query, (places, [slice(a, z) for a, z in zip(begin.tolist(), end.tolist())], (end - begin).astype(np.intp), np.array([counts[t] for t in places], float))
+            self._asked = query, (places, list(map(slice, begin.tolist(), end.tolist())), (end - begin).astype(np.intp), np.array([counts[t] for t in places], float))
         return self._asked[1]
     def _by_df(self, f)->np.ndarray: # float64 [largest df + 1], f(n, df) for every df that some word has
         has = np.bincount(np.diff(self.lists.starts))
@@ -291,8 +294,8 @@ class Packed:
         "Weighted sum of posting lists, added in the order of the words."
         if not spans: return np.zeros(self.n)
         parts = np.repeat(weights, df)
-        parts *= np.concatenate([values[s] for s in spans])
-        return np.bincount(np.concatenate([self.lists.docs[s] for s in spans]), parts, minlength=self.n)
+        parts *= np.concatenate(list(map(values.__getitem__, spans)))
+        return np.bincount(np.concatenate(list(map(self.lists.docs.__getitem__, spans))), parts, minlength=self.n)
 
 # %% ../../nbs/memcollab/04_bank.ipynb #1013467b
 def packed_tfidf(index, query:str)->np.ndarray: # float64 [documents]
@@ -737,7 +740,7 @@ def choose(
     "Top-p source samples with up to K entries each (Eq. 7; the paper's p = 3, K = 3)."
     samples, of, starts = {}, bucket.sample_of, bucket.samples.starts
     for doc in ranking.walk():
-        if fits is None or fits[doc]: samples.setdefault(int(of[doc]))
+        if fits is None or fits[doc]: samples.setdefault(of.item(doc))
         if len(samples) == p: break
     groups = [bucket.samples.docs[starts[s]:starts[s + 1]].tolist() for s in samples]
     if fits is not None: groups = [[d for d in g if fits[d]] for g in groups]
