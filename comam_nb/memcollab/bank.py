@@ -135,7 +135,11 @@ def smallest(
 )->np.ndarray:
     "The same numbers in the smallest type that holds them."
     return a.astype(np.min_scalar_type(int(a.max(initial=0))))
-def to_bytes(name:str)->bytes: return name.encode("utf-8", "surrogatepass") # in the order of the texts
+def to_bytes(
+    name:str,
+)->bytes: # UTF-8
+    "A name as bytes, whose order is that of the texts."
+    return name.encode("utf-8", "surrogatepass")
 
 class Names:
     "Distinct names in alphabetical order; never changed once made."
