@@ -9,7 +9,7 @@ __all__ = ['LARGE', 'GROUPED', 'Sample', 'pad_left', 'cut_at_end', 'cut_at_stop'
 
 # %% ../nbs/02_sampling.ipynb #8a187982
 import math, os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,11 +68,12 @@ def own_draws(
 
 def pick(
     logits:torch.Tensor, # [N, V]
-    u:torch.Tensor, # [N] in [0, 1)
+    u:torch.Tensor, # [N] in [0, 1); its number type is the sum's
     temperature:float=1.0, # above 0
 )->torch.Tensor: # [N] token ids
-    "The token at which the running sum of the probabilities passes u."
+    "The token at which the running sum of the probabilities passes u. Raises `BackboneError` if there are no probabilities."
     total = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=u.dtype) # [N, V]
+    if total[:, -1].isnan().any(): raise BackboneError("the model's scores are not numbers: its weights are damaged or training has diverged; go back to an earlier checkpoint, with a lower learning rate")
     return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=logits.size(-1) - 1)
 
 # %% ../nbs/02_sampling.ipynb #c7fe255c
@@ -143,13 +144,14 @@ def _root(model, prompts, least=64):
     return cache, C
 
 # %% ../nbs/02_sampling.ipynb #f015b2c8
-def _with_room(cache, block=256):
+def _with_room(cache, block):
     "The same cache, whose plain layers grow by so many columns at once."
     from transformers.cache_utils import DynamicLayer
     class Roomy(DynamicLayer):
-        def update(self, keys, values, *args, **kwargs):
+        def update(self, keys, values, *args, **kwargs): # [R, H, new columns, D] each; `room` is what `keys` and `values` are the beginnings of
             at, end = self.keys.size(2), self.keys.size(2) + keys.size(2)
-            if end > self.room[0].size(2): self.room = [torch.cat([x, torch.empty_like(n), x.new_empty(*x.shape[:2], block, x.size(3))], 2) for x, n in ((self.keys, keys), (self.values, values))]
+            if end > self.room[0].size(2) or self.keys.data_ptr() != self.room[0].data_ptr(): # full, or somebody has chosen other rows
+                self.room = [torch.cat([x, x.new_empty(*x.shape[:2], keys.size(2) + block, x.size(3))], 2) for x in (self.keys, self.values)]
             for x, n in zip(self.room, (keys, values)): x[:, :, at:end] = n
             self.keys, self.values = (x[:, :, :end] for x in self.room)
             return self.keys, self.values
@@ -181,7 +183,7 @@ def _prefill(backbone, rows, G, T):
         mask = _open(mask.bool(), model.dtype)[:, None, None, :].expand(-1, 1, m, -1) # [R, 1, m, P]
         own = _open(torch.eye(m, dtype=torch.bool, device=device), model.dtype).expand(len(b), 1, m, m)
     logits = out.logits[:, -1].repeat_interleave(torch.tensor(counts, device=device), 0)[order.argsort()]
-    return logits, _with_room(cache), mask, own, positions[b, -1:].expand(-1, m), order
+    return logits, _with_room(cache, min(256, m * T)), mask, own, positions[b, -1:].expand(-1, m), order
 
 # %% ../nbs/02_sampling.ipynb #4e89be95
 @torch.no_grad()
@@ -212,9 +214,10 @@ GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 @contextmanager
 def writing(
     model:torch.nn.Module, # a causal LM, its adapter active
+    tokens:int, # that a text may have at most
     fast:bool=True, # False: in eval mode, and nothing else
 ):
-    "A model as it writes fastest, for a while."
+    "A model as it writes fastest, for a while; without gradients. Costs a copy of the weights that it changes."
     training, param, grouped = model.training, next(model.parameters()), os.environ.get(GROUPED)
     model.eval()
     if fast and grouped is None and param.device.type == "cpu": os.environ[GROUPED] = "1"
@@ -223,7 +226,7 @@ def writing(
         elif param.dtype == torch.float32:
             with merged_adapter(model): yield
         else:
-            with packed_weights(model), direct_adapter(model): yield
+            with packed_weights(model) if tokens >= 16 else nullcontext(), direct_adapter(model, few=64): yield
     finally:
         if grouped is None: os.environ.pop(GROUPED, None)
         model.train(training)
@@ -253,7 +256,7 @@ def sample_group(
         written = [cut_at_stop(w, backbone.stop, backbone.tokenizer.decode) for w in written]
         return [[Sample(backbone.decode(w), tuple(r), w) for w in written[i * G:(i + 1) * G]] for i, r in enumerate(rows)]
     order, step, out = sorted(range(len(rows)), key=lambda i: len(rows[i])), max(1, batch_size // G), [None] * len(rows)
-    with writing(backbone.model, shared_prefix):
+    with writing(backbone.model, max_new_tokens, shared_prefix):
         for start in range(0, len(rows), step):
             chunk = order[start:start + step]; args = backbone, [rows[i] for i in chunk], G, temperature
             own = None if draws is None else draws[chunk].flatten(0, 1).to(backbone.device) # [N, max_new_tokens]
@@ -383,7 +386,7 @@ def sample_each(
     rows = [prompt_ids(backbone, p, reserve=max_new_tokens) for p in prompts]
     if sum(map(len, rows)) < long * len(rows): return None
     use_adapter(backbone.model, adapter)
-    with writing(backbone.model): written = write_many(backbone, rows, max_new_tokens, batch_size)
+    with writing(backbone.model, max_new_tokens): written = write_many(backbone, rows, max_new_tokens, batch_size)
     return written and [[Sample(backbone.decode(w), tuple(r), w)] for r, w in zip(rows, written)]
 
 # %% ../nbs/02_sampling.ipynb #0d067e34

@@ -1,5 +1,5 @@
 "The bank: retrieval against brute force, versions, exchange with strangers, many processes, kills, and files that are no bank."
-import json, math, os, signal, sqlite3, subprocess, sys, threading, time
+import gc, json, math, os, signal, sqlite3, subprocess, sys, threading, time, weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -502,3 +502,20 @@ def test_a_row_that_another_program_wrote_is_mended_or_refused(tmp_path):
     for bad in ("source='[]'", "models='[3]'", "source='{'", "support=0"):
         write(f"UPDATE entries SET source='{{}}', models='[]', support=1"); write(f"UPDATE entries SET {bad}")
         with ConstraintBank(tmp_path/"b.db") as bank, pytest.raises(MemCollabError, match="damaged"): bank.retrieve("rate", "c")
+
+
+def test_hashes_to_exclude_are_texts():
+    with ConstraintBank(":memory:") as bank:
+        bank.add(Constraint("a case", "a rate", "a price", "c", "u"))
+        for wrong in ([5], [None], [b"x"]):
+            with pytest.raises(MemCollabError, match="exclude"): bank.retrieve("case", "c", "u", exclude=wrong)
+        assert len(bank.retrieve("case", "c", "u", exclude=["x"])) == 1
+        assert bank.retrieve("case", "c", "u", exclude="x") == bank.retrieve("case", "c", "u")
+
+
+def test_a_hit_keeps_no_bucket_alive():
+    with ConstraintBank(":memory:") as bank:
+        bank.add([Constraint(f"case {w}", "a rate", "a price", "c", "u") for w in ("tree", "sea", "moon")])
+        hits, names = bank.retrieve("case sea", "c", "u"), weakref.ref(bank._buckets["c", "u"].index.lists.names)
+        bank._buckets.clear(); gc.collect()
+        assert names() is None and hits[0].why == ("sea", "case")

@@ -184,7 +184,10 @@ class Names:
     )->tuple: # the names, with these among them; where the old ones are now, int64 [names], and the new ones, int64 [fresh]
         "More names."
         old, listed = np.arange(len(self)), self.tolist() if 8*len(fresh) > len(self) else None
-        if not fresh: return self, old, old[:0]
+        if not fresh: # a copy, because `data` may hold much besides
+            same = Names(self.span(0, -1), self.ends.copy())
+            same._place = self._place
+            return same, old, old[:0]
         spots, new = [self.spot(x) if listed is None else bisect_left(listed, x) for x in fresh], [to_bytes(x) for x in fresh]
         pieces = [self.span(a, z) for a, z in zip([0, *spots], [*spots, len(self)])]
         lengths = np.insert(np.diff(self.ends.astype(np.int64)), spots, [len(x) for x in new])
@@ -257,15 +260,16 @@ class Packed:
         n:int, # documents
     ):
         self.lists, self.n, self._asked = lists, n, (None,)
-    def asked(self, query:str)->tuple: # the words that some entry has, in alphabetical order: list [k] of places, slices of their lists [k], intp [k] df, float64 [k] how often in the query
+    def asked(self, query:str)->tuple: # the words that some entry has, in alphabetical order: list [k], slices of their lists [k], intp [k] df, float64 [k] how often in the query
         if self._asked[0] != query: # asked twice for each query: to rank, and to say why
             text, starts, counts = words(query), self.lists.starts, {}
-            for t in map(self.lists.names.finder(len(text)), text): counts[t] = counts.get(t, 0) + 1
+            places = list(map(self.lists.names.finder(len(text)), text))
+            word = dict(zip(places, text))
+            for t in places: counts[t] = counts.get(t, 0) + 1
             counts.pop(None, None)
-            places = sorted(counts)
-            terms = np.array(places, np.intp)
+            terms = np.array(places := sorted(counts), np.intp)
             begin, end = starts[terms], starts[terms + 1]
-            self._asked = query, (places, list(map(slice, begin.tolist(), end.tolist())), (end - begin).astype(np.intp), np.array([counts[t] for t in places], float))
+            self._asked = query, ([word[t] for t in places], list(map(slice, begin.tolist(), end.tolist())), (end - begin).astype(np.intp), np.array([counts[t] for t in places], float))
         return self._asked[1]
     def _by_df(self, f)->np.ndarray: # float64 [largest df + 1], f(n, df) for every df that some word has
         has = np.bincount(np.diff(self.lists.starts))
@@ -485,7 +489,7 @@ def thaw(
         sound = all(len(l.starts) == len(l.names) + 1 and l.names.ends[-1] == len(text) and l.starts[-1] == len(l.docs) == len(l.counts) and l.docs.max(initial=0) < max(len(arrays[0]), 1)
                     for l, text in zip(lists, arrays[1::5]))
         return Bucket(arrays[0], lists, version) if sound else None
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError): return None
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError): return None
 
 # %% ../../nbs/memcollab/04_bank.ipynb #381fe89e
 def live_filter(
@@ -755,11 +759,10 @@ def choose(
 class Rarest:
     "A query's words, the rarest first; sorted whenever somebody wants them."
     def __init__(self,
-        names:Names,
-        places:list,   # of the words
-        df:np.ndarray, # [words], in how many entries each is
-    ): self.names, self.places, self.df = names, places, df
-    def __iter__(self): return (w for _, w in sorted((n, *self.names.texts(i, i + 1)) for n, i in zip(self.df.tolist(), self.places)))
+        words:list,    # distinct, k
+        df:np.ndarray, # intp [k], in how many entries each is
+    ): self.words, self.df = words, df
+    def __iter__(self): return (w for _, w in sorted(zip(self.df.tolist(), self.words)))
 
 # %% ../../nbs/memcollab/04_bank.ipynb #19ceacc0
 @dataclass(frozen=True, repr=False)
@@ -890,9 +893,8 @@ class BankRankings(BankSearch):
             except StoreError as e: raise MemCollabError(str(e)) from None
         return ArrayRanking(HOW[how](bucket.index, query))
     def _hits(self, db, bucket, query, found):
-        constraints, index = self._constraints(db, bucket, [d for _, d in found]), bucket.index
-        places, _, df, _ = index.asked(query)
-        asked = Rarest(index.lists.names, places, df)
+        constraints, (known, _, df, _) = self._constraints(db, bucket, [d for _, d in found]), bucket.index.asked(query)
+        asked = Rarest(known, df)
         return [Hit(c, score, asked) for (score, _), c in zip(found, constraints)]
     def _pick(self, hits, query, p, chat):
         "Let a model choose among the samples that TF-IDF proposes; without a usable reply the first p stay."
@@ -925,6 +927,7 @@ class BankRetrieval(BankRankings):
         if not callable(how) and how not in (*HOW, "embedding", "prompting"): raise MemCollabError(f"how is {how!r}: use one of {', '.join(HOW)}, embedding, prompting, or a function (query, constraints) -> scores")
         if how == "prompting" and chat is None: raise MemCollabError("how='prompting' needs a model: pass chat=")
         barred = {exclude} if isinstance(exclude, str) else set(exclude)
+        if not all(isinstance(t, str) for t in barred): raise MemCollabError(f"exclude is {exclude!r}: give hashes of tasks, which are texts")
         with self._transaction() as db:
             bucket = self._bucket(db, category, subcategory)
             ranking = self._ranking(db, bucket, query, "tfidf" if how == "prompting" else how) if bucket.n else None
