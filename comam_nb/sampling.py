@@ -126,7 +126,9 @@ def can_share(
     config, # of a transformers model
     longest:int, # tokens of the longest prompt with its completion
 )->bool: # whether an own mask is exact for it
-    "An attention that takes any mask, and no sliding window that is too short."
+    "Attention in every layer, which takes any mask, and no sliding window that is too short."
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    if not {*kinds} <= {"full_attention", "sliding_attention"}: return False # convolutions and the like pass the mask by
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return getattr(config, "_attn_implementation", "") in ("sdpa", "eager") and (not window or longest <= window)
 
@@ -174,7 +176,7 @@ def _prefill(backbone, rows, G, T):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     out = model(input_ids=ids, attention_mask=mask, position_ids=positions[:, C:], past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache, m = out.past_key_values, side_by_side(counts, mask.size(1), T) if exact else 1
-    if not hasattr(cache, "batch_select_indices"): return None
+    if not all(hasattr(l, "batch_select_indices") for l in getattr(cache, "layers", [cache])): return None
     order = torch.tensor([n for ns in places.values() for n in ns], device=device) # the completion at each place of [R, m]
     b = torch.arange(len(prompts), device=device).repeat_interleave(torch.tensor(counts, device=device) // m) # the prompt of each row
     if len(b) > len(prompts): cache.batch_select_indices(b)
@@ -265,7 +267,7 @@ def sample_group(
             for k, i in enumerate(chunk): out[i] = [Sample(backbone.decode(w), tuple(rows[i]), w) for w in written[k * G:(k + 1) * G]]
     return out
 
-# %% ../nbs/02_sampling.ipynb #b0571cf4
+# %% ../nbs/02_sampling.ipynb #d5ba76a9
 class Columns:
     "The part of the buffer that is in use: from `lo` up to `at`."
     def __init__(self, at): self.lo, self.at = 0, at
@@ -284,7 +286,7 @@ def _shelf(columns, S, like, room):
     shelf.keys, shelf.values = (like.new_zeros(S, like.size(1), columns.at + room, like.size(3)) for _ in range(2)) # [S, H, columns, D]
     return shelf
 
-# %% ../nbs/02_sampling.ipynb #d5ba76a9
+# %% ../nbs/02_sampling.ipynb #ccc75d87
 class Batch:
     "Texts that are being written side by side, greedily."
     def __init__(self,
@@ -315,7 +317,7 @@ class Batch:
         self.mask[s] = 0; self.mask[s, lo:at] = 1
         self.active[s:s + 1], self.begin[i] = [i], lo
 
-# %% ../nbs/02_sampling.ipynb #83364e9d
+# %% ../nbs/02_sampling.ipynb #44159f19
 def _step(self):
     "Every text writes one token."
     c, A = self.columns, len(self.active)
@@ -342,7 +344,7 @@ def _keep(self, places):
     self.mask, self.active = self.mask[places], [self.active[s] for s in places]
 Batch.step, Batch.shift, Batch.keep = _step, _shift, _keep
 
-# %% ../nbs/02_sampling.ipynb #ccc75d87
+# %% ../nbs/02_sampling.ipynb #cc72abe6
 @torch.no_grad()
 def write_many(
     backbone:Backbone, # its adapter active
@@ -372,7 +374,7 @@ def write_many(
         if gone: b.keep([s for s in range(len(b.active)) if s not in gone])
     return [cut_at_stop(cut_at_end(w, backbone.eos_ids), backbone.stop, decode) for w in b.written]
 
-# %% ../nbs/02_sampling.ipynb #cc72abe6
+# %% ../nbs/02_sampling.ipynb #a7de50e4
 def sample_each(
     backbone, # a `Backbone`; any other policy has ways of its own
     prompts:list, # P plain texts
@@ -389,7 +391,7 @@ def sample_each(
     with writing(backbone.model, max_new_tokens): written = write_many(backbone, rows, max_new_tokens, batch_size)
     return written and [[Sample(backbone.decode(w), tuple(r), w)] for r, w in zip(rows, written)]
 
-# %% ../nbs/02_sampling.ipynb #0d067e34
+# %% ../nbs/02_sampling.ipynb #8a668d55
 def token_logprobs(
     backbone:Backbone, # the policy
     prompts:list, # N lists of prompt ids
@@ -409,7 +411,7 @@ def token_logprobs(
     logps = logits.log_softmax(-1).gather(-1, right[..., None]).squeeze(-1)
     return logps * mask, mask
 
-# %% ../nbs/02_sampling.ipynb #1f4e3068
+# %% ../nbs/02_sampling.ipynb #4d6086be
 def _pack(prompts, completions):
     "[(prompt, rows behind it)], with equal prompts as one or apart, whichever is less; and how many tokens are computed packed and unpacked."
     equal, (P, T) = {}, (max(map(len, x)) for x in (prompts, completions))
@@ -419,7 +421,7 @@ def _pack(prompts, completions):
     best = min(list(equal.items()), [(tuple(p), [i]) for i, p in enumerate(prompts)], key=cost)
     return best, cost(best), len(prompts) * (P + T)
 
-# %% ../nbs/02_sampling.ipynb #4d6086be
+# %% ../nbs/02_sampling.ipynb #9d48f9dc
 def _layout(packs, completions, C):
     "ids, positions, segment [B, P + behind]; source [N, T, 2] into [B, behind + 1]; targets and real [N, T]. The first C ids of every prompt are left out."
     N, T = len(completions), max(map(len, completions))
@@ -438,7 +440,7 @@ def _layout(packs, completions, C):
     real = torch.arange(T)[None] < torch.tensor([len(c) for c in completions])[:, None]
     return ids, positions, segment, source, targets, real, P
 
-# %% ../nbs/02_sampling.ipynb #4f699615
+# %% ../nbs/02_sampling.ipynb #4a96e05e
 def shared_logprobs(
     model:torch.nn.Module, # a causal LM, its adapter active
     prompts:list, # N lists of prompt ids
