@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'GROUPED', 'Sample', 'pad_left', 'cut_at_end', 'cut_at_stop', 'own_draws', 'pick', 'draw', 'common_prefix',
-           'side_by_side', 'can_share', 'writing', 'sample_group', 'Columns', 'Batch', 'write_many', 'sample_each',
-           'token_logprobs', 'shared_logprobs']
+           'side_by_side', 'can_share', 'say_simple', 'writing', 'sample_group', 'Columns', 'Batch', 'write_many',
+           'sample_each', 'token_logprobs', 'shared_logprobs']
 
 # %% ../nbs/02_sampling.ipynb #8a187982
-import math, os
+import math, os, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -132,6 +132,13 @@ def can_share(
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return getattr(config, "_attn_implementation", "") in ("sdpa", "eager") and (not window or longest <= window)
 
+def say_simple(
+    config, # of a transformers model
+)->None:
+    "Warn, once, that a model computes every completion with a prompt of its own."
+    warnings.warn(f"this {config.model_type} model cannot share a prompt among its completions: that needs attention in every layer, by sdpa or eager, and no window shorter than the text. "
+                  "Each completion goes by itself, which gives the same and takes longer", stacklevel=2)
+
 def _open(seen, dtype):
     "The mask that is added to attention scores: 0 where something may be seen."
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
@@ -170,6 +177,7 @@ def _prefill(backbone, rows, G, T):
     for i, r in enumerate(rows): places.setdefault(tuple(r), []).extend(range(i * G, (i + 1) * G)) # equal prompts are one
     prompts, counts = list(places), [len(n) for n in places.values()]
     exact = can_share(model.config, max(map(len, prompts)) + T)
+    if not exact: say_simple(model.config)
     cache, C = _root(model, prompts) if exact else (None, 0)
     ids, mask = pad_left([p[C:] for p in prompts], backbone.pad_id, device)
     mask = torch.cat([mask.new_ones(len(prompts), C), mask], 1) # [B, P]

@@ -24,7 +24,7 @@ from .agents import ExtractionAgent, ProfileAgent, RetrievalAgent
 from .backbone import Backbone, BackboneError, add_adapters, direct_adapter, merged_adapter, use_adapter
 from .credit import CreditError, assign, group_advantages
 from .mdp import AGENTS, rollout
-from .sampling import _pack, can_share, shared_logprobs
+from .sampling import _pack, can_share, say_simple, shared_logprobs
 
 # %% ../nbs/08_training.ipynb #ea2e3f32
 def grpo_loss(
@@ -340,7 +340,8 @@ class AgentScores(RolloutTrainer):
         if not self.args.shared_prefix or not all(rows[1]): return None
         _, packed, plain = _pack(*rows)
         longest = max(len(p) + len(c) for p, c in zip(*rows))
-        if (packed > 0.9 * plain and input_ids.device.type == "cuda") or not can_share(self.agents[self._agent].policy.model.config, longest): return None
+        if packed > 0.9 * plain and input_ids.device.type == "cuda": return None
+        if not can_share(config := self.agents[self._agent].policy.model.config, longest): return say_simple(config)
         with self.accelerator.autocast(), self._lean(model):
             logps, entropy = shared_logprobs(model, *rows, self.temperature)
         return (*(torch.nn.functional.pad(x, (0, logits_to_keep - x.size(1))) for x in (logps, entropy)), None)
