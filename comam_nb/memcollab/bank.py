@@ -6,11 +6,11 @@
 __all__ = ['WORD', 'BANK_SCHEMA', 'BANK_PACKED', 'BANK_SCHEMA_VERSION', 'BANK_APPLICATION_ID', 'ENTRY', 'FIELDS', 'read_json',
            'LISTS', 'PENDING', 'AT', 'SHARES', 'SHOWN', 'PICK', 'HOW', 'MAX_BUCKETS', 'MAX_P', 'FORMAT', 'words',
            'smooth_idf', 'lucene_idf', 'Postings', 'norms', 'tfidf_weights', 'tfidf_scores', 'bm25_scores', 'smallest',
-           'to_bytes', 'Names', 'add_names', 'Lists', 'arrange', 'pack_lists', 'join_names', 'merge_lists', 'Packed',
-           'packed_tfidf', 'packed_bm25', 'row_to_constraint', 'insert_entry', 'BankFile', 'last_version',
+           'to_bytes', 'Names', 'add_names', 'Lists', 'arrange', 'pack_lists', 'join_names', 'merge_lists', 'Rarest',
+           'Packed', 'packed_tfidf', 'packed_bm25', 'row_to_constraint', 'insert_entry', 'BankFile', 'last_version',
            'new_version', 'row_names', 'Bucket', 'pack_rows', 'merge_buckets', 'freeze', 'thaw', 'live_filter',
            'follow', 'load_bucket', 'store_bucket', 'BankPacking', 'BankRows', 'BankEdits', 'Version', 'BankHistory',
-           'ArrayRanking', 'FlatRanking', 'choose', 'Rarest', 'Hit', 'Hits', 'pick_prompt', 'read_picks', 'in_range',
+           'ArrayRanking', 'FlatRanking', 'choose', 'Hit', 'Hits', 'pick_prompt', 'read_picks', 'in_range',
            'BankSearch', 'BankRankings', 'BankRetrieval', 'write_whole', 'markdown', 'grouped', 'titled', 'BankExport',
            'ImportReport', 'read_exchange', 'imported', 'ConstraintBank']
 
@@ -30,7 +30,7 @@ from .sandbox import MemCollabError
 from .contrast import NEAR, Constraint, absorb, known_pairs, merge, quote, validate
 
 # %% ../../nbs/memcollab/04_bank.ipynb #84d66852
-WORD = re.compile(r"\b\w\w+\b")
+WORD = re.compile(r"\w{2,}")
 def words(
     text:str, # any text
 )->list[str]: # lower-case words of two or more letters or digits, with repetitions
@@ -251,6 +251,19 @@ def merge_lists(
     return arrange(names, term[order], doc[order], counts[order])
 
 # %% ../../nbs/memcollab/04_bank.ipynb #bc9e2785
+class Rarest:
+    "A query's words that some entry has, the rarest first; put together whenever somebody wants them."
+    def __init__(self,
+        text:list,     # all words of the query
+        places:list,   # of each, None for an unknown one
+        known:list,    # distinct places [k]
+        df:np.ndarray, # intp [k], in how many entries each is
+    ): self.text, self.places, self.known, self.df = text, places, known, df
+    def __iter__(self):
+        word = dict(zip(self.places, self.text))
+        return (w for _, w in sorted(zip(self.df.tolist(), [word[t] for t in self.known])))
+
+# %% ../../nbs/memcollab/04_bank.ipynb #02ad86fc
 class Packed:
     "An index for ranking whose posting lists are arrays; equal to `Postings` over the same entries."
     def __init__(self,
@@ -258,16 +271,16 @@ class Packed:
         n:int, # documents
     ):
         self.lists, self.n, self._asked = lists, n, (None,)
-    def asked(self, query:str)->tuple: # the words that some entry has, in alphabetical order: list [k], slices of their lists [k], intp [k] df, float64 [k] how often in the query
+    def asked(self, query:str)->tuple: # of the words that some entry has, in alphabetical order: slices of their lists [k], intp [k] df, float64 [k] how often in the query; a Rarest
         if self._asked[0] != query: # asked twice for each query: to rank, and to say why
             text, starts, counts = words(query), self.lists.starts, {}
             places = list(map(self.lists.names.finder(len(text)), text))
-            word = dict(zip(places, text))
             for t in places: counts[t] = counts.get(t, 0) + 1
             counts.pop(None, None)
-            terms = np.array(places := sorted(counts), np.intp)
+            terms = np.array(known := sorted(counts), np.intp)
             begin, end = starts[terms], starts[terms + 1]
-            self._asked = query, ([word[t] for t in places], list(map(slice, begin.tolist(), end.tolist())), (end - begin).astype(np.intp), np.array([counts[t] for t in places], float))
+            df = (end - begin).astype(np.intp)
+            self._asked = query, (list(map(slice, begin.tolist(), end.tolist())), df, np.array(list(map(counts.get, known)), float), Rarest(text, places, known, df))
         return self._asked[1]
     def _by_df(self, f)->np.ndarray: # float64 [largest df + 1], f(n, df) for every df that some word has
         has = np.bincount(np.diff(self.lists.starts))
@@ -299,22 +312,23 @@ class Packed:
     )->np.ndarray: # float64 [documents]
         "Weighted sum of posting lists, added in the order of the words."
         if not spans: return np.zeros(self.n)
+        cut = lambda a: np.frombuffer(b"".join(map(memoryview(a).__getitem__, spans)), a.dtype) # np.concatenate, with less ado for each list
         parts = np.repeat(weights, df)
-        parts *= np.concatenate(list(map(values.__getitem__, spans)))
-        return np.bincount(np.concatenate(list(map(self.lists.docs.__getitem__, spans))), parts, minlength=self.n)
+        parts *= cut(values)
+        return np.bincount(cut(self.lists.docs), parts, minlength=self.n)
 
-# %% ../../nbs/memcollab/04_bank.ipynb #02ad86fc
+# %% ../../nbs/memcollab/04_bank.ipynb #d9770a21
 def packed_tfidf(index, query:str)->np.ndarray: # float64 [documents]
     "`tfidf_scores` from a `Packed` index."
-    _, spans, df, counts = index.asked(query)
+    spans, df, counts, _ = index.asked(query)
     idfs = index.idfs[df]
     weights = counts * idfs
     return index.sum(index.lists.counts, spans, df, weights / (math.sqrt(sum((weights * weights).tolist())) or 1) * idfs) / index.lengths
 def packed_bm25(index, query:str)->np.ndarray: # float64 [documents]
     "`bm25_scores` from a `Packed` index."
-    return index.sum(index.saturated, *index.asked(query)[1:]) if index.n else np.zeros(0)
+    return index.sum(index.saturated, *index.asked(query)[:3]) if index.n else np.zeros(0)
 
-# %% ../../nbs/memcollab/04_bank.ipynb #11824218
+# %% ../../nbs/memcollab/04_bank.ipynb #f66a0382
 BANK_SCHEMA = (
     "CREATE TABLE versions(version INTEGER PRIMARY KEY AUTOINCREMENT, created TEXT NOT NULL, what TEXT NOT NULL, note TEXT NOT NULL)",
     """CREATE TABLE entries(seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, category TEXT NOT NULL, subcategory TEXT NOT NULL,
@@ -330,24 +344,26 @@ BANK_SCHEMA_VERSION, BANK_APPLICATION_ID = 1, 0x434d424b # "CMBK"
 ENTRY = "situation, enforce, avoid, category, subcategory, source, models, support"
 FIELDS = "when", "enforce", "avoid", "category", "subcategory", "source", "models", "support" # of a Constraint, in the same order
 
-# %% ../../nbs/memcollab/04_bank.ipynb #f66a0382
-read_json = json.JSONDecoder().decode # json.loads without its questions
+# %% ../../nbs/memcollab/04_bank.ipynb #f54d0faf
+read_json = json.JSONDecoder().raw_decode # (value, where it ends)
 def row_to_constraint(
     row:tuple, # values in the order of `ENTRY`
 )->Constraint:
     "A constraint from its row; raises `MemCollabError` for a damaged one."
     try:
         *texts, source, models, support = row
-        source, models = read_json(f"[{source},{models}]")
-        line, models = "|".join((*texts, *models)), tuple(models)
-        if line == " ".join(line.split()) and "| " not in line and " |" not in line and type(source) is dict and type(support) is int and support > 0:
+        text = f"[{source},{models}]"
+        (source, models), end = read_json(text)
+        if end < len(text): raise ValueError(f"more than two values: {text[end - 1:][:20]!r}")
+        line, models = "|".join(("", *texts, *models, "")), tuple(models)
+        if line.isprintable() and not ("  " in line or "| " in line or " |" in line) and type(source) is dict and type(support) is int and support > 0:
             c = object.__new__(Constraint) # as it was stored: what the constructor would check holds
             c.__dict__.update(zip(FIELDS, (*texts, source, models, support)))
             return c
         return Constraint(*texts, source, models, support) # mends what can be mended, says what cannot
     except (ValueError, TypeError) as e: raise MemCollabError(f"the bank's entry {str(row[0])[:40]!r} is damaged ({e}): restore the file from a copy") from None
 
-# %% ../../nbs/memcollab/04_bank.ipynb #f54d0faf
+# %% ../../nbs/memcollab/04_bank.ipynb #4efe1c63
 def insert_entry(
     db:sqlite3.Connection, # inside a write transaction
     c:Constraint,          # what to store
@@ -358,7 +374,7 @@ def insert_entry(
     values = c.when, c.enforce, c.avoid, c.category, c.subcategory, json.dumps(c.source), json.dumps(c.models), c.support
     db.execute(f"INSERT INTO entries(id, {ENTRY}, added) VALUES(?,?,?,?,?,?,?,?,?,?)", (id or c.id, *values, version))
 
-# %% ../../nbs/memcollab/04_bank.ipynb #0166d09f
+# %% ../../nbs/memcollab/04_bank.ipynb #13f80c92
 class BankFile:
     "An open bank file: transactions under one lock."
     def __init__(self, path, create=True):
@@ -380,19 +396,22 @@ class BankFile:
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
     @contextmanager
-    def _transaction(self, write=False):
+    def _session(self):
         with self._lock:
             if self._db is None: raise MemCollabError(f"{self.path}: the bank is closed: open it again with ConstraintBank(path)")
-            try:
-                self._db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-                yield self._db
-                self._db.execute("COMMIT")
+            try: yield self._db
             except sqlite3.Error as e:
                 raise MemCollabError(f"{self.path}: SQLite says {str(e)!r}; this call changed nothing: check the disk, the permissions and other processes that use the file") from e
             finally:
                 if self._db and self._db.in_transaction: self._db.execute("ROLLBACK")
+    @contextmanager
+    def _transaction(self, write=False):
+        with self._session() as db:
+            db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+            yield db
+            db.execute("COMMIT")
 
-# %% ../../nbs/memcollab/04_bank.ipynb #13f80c92
+# %% ../../nbs/memcollab/04_bank.ipynb #fd991e3d
 def last_version(db)->int: # 0 for an empty bank
     "Number of the newest version."
     return db.execute("SELECT coalesce(max(version), 0) FROM versions").fetchone()[0]
@@ -401,7 +420,7 @@ def new_version(db, what, note)->int: # its number
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return db.execute("INSERT INTO versions(created, what, note) VALUES(?,?,?)", (now, what, note)).lastrowid
 
-# %% ../../nbs/memcollab/04_bank.ipynb #c3bbc10d
+# %% ../../nbs/memcollab/04_bank.ipynb #e71ccdbf
 LISTS = "words", "samples", "tasks", "models"
 def row_names(
     row:tuple, # (seq, id, *ENTRY)
@@ -416,7 +435,7 @@ def row_names(
     tasks = list(dict.fromkeys(p["task"] for p in known_pairs(source)))
     return terms, [tasks[0] if len(tasks) == 1 else id], tasks, models
 
-# %% ../../nbs/memcollab/04_bank.ipynb #e71ccdbf
+# %% ../../nbs/memcollab/04_bank.ipynb #381fe89e
 class Bucket:
     "The live entries of one filter, as arrays; never changed once made, but for `flat` and `version`."
     def __init__(self,
@@ -443,7 +462,7 @@ class Bucket:
         for t in barred: out[self.tasks.of(t)] = False
         return out
 
-# %% ../../nbs/memcollab/04_bank.ipynb #381fe89e
+# %% ../../nbs/memcollab/04_bank.ipynb #d522c2b7
 def pack_rows(
     rows:list,     # (seq, id, *ENTRY), by seq
     version:int=0, # of the bank
@@ -463,7 +482,7 @@ def merge_buckets(
     numbers = [number(p.seqs) for p in parts]
     return Bucket(kept, tuple(merge_lists([p.lists[i] for p in parts], numbers, len(kept)) for i in range(len(LISTS))), version)
 
-# %% ../../nbs/memcollab/04_bank.ipynb #eec21028
+# %% ../../nbs/memcollab/04_bank.ipynb #0f860b74
 def freeze(
     bucket, # Bucket
 )->tuple[int,str,bytes]: # checksum, JSON of the arrays' types and lengths, the arrays
@@ -489,7 +508,7 @@ def thaw(
         return Bucket(arrays[0], lists, version) if sound else None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError): return None
 
-# %% ../../nbs/memcollab/04_bank.ipynb #0f860b74
+# %% ../../nbs/memcollab/04_bank.ipynb #ca80bcb3
 def live_filter(
     category:str|None,    # None: any
     subcategory:str|None, # None: any
@@ -514,7 +533,7 @@ def follow(
     bucket.version = version
     return bucket
 
-# %% ../../nbs/memcollab/04_bank.ipynb #ca80bcb3
+# %% ../../nbs/memcollab/04_bank.ipynb #7413d38a
 def load_bucket(
     db,          # inside a transaction
     kind:tuple,  # (category, subcategory)
@@ -532,7 +551,7 @@ def store_bucket(
     checksum, layout, data = freeze(bucket)
     db.execute("INSERT OR REPLACE INTO buckets VALUES(?,?,?,?,?,?,?)", (*kind, bucket.version, bucket.n, checksum, layout, data))
 
-# %% ../../nbs/memcollab/04_bank.ipynb #012b3374
+# %% ../../nbs/memcollab/04_bank.ipynb #f4175a62
 PENDING = 128 # changes of a bucket that its stored arrays may lag behind
 class BankPacking(BankFile):
     "A bank that keeps the arrays of its buckets in the file."
@@ -555,7 +574,7 @@ class BankPacking(BankFile):
             for kind in kinds: self._pack(db, kind, last_version(db))
         return len(kinds)
 
-# %% ../../nbs/memcollab/04_bank.ipynb #f4175a62
+# %% ../../nbs/memcollab/04_bank.ipynb #47d9b69f
 class BankRows(BankPacking):
     "A bank with entries: add, remove, revise, dedup, and read any version."
     def add(self,
@@ -602,7 +621,7 @@ class BankRows(BankPacking):
     def version(self)->int:
         with self._transaction() as db: return last_version(db)
 
-# %% ../../nbs/memcollab/04_bank.ipynb #54c6c08f
+# %% ../../nbs/memcollab/04_bank.ipynb #04247f1f
 class BankEdits(BankRows):
     "A bank whose entries can be reworded and merged."
     def revise(self,
@@ -639,7 +658,7 @@ class BankEdits(BankRows):
             self._repack(db, {(c.category, c.subcategory) for c in changed})
         return len(old) - len(kept)
 
-# %% ../../nbs/memcollab/04_bank.ipynb #4f1ec304
+# %% ../../nbs/memcollab/04_bank.ipynb #7e9d4cf6
 @dataclass(frozen=True)
 class Version:
     "One change of a bank."
@@ -652,7 +671,7 @@ class Version:
     @classmethod
     def from_json(cls, d:dict): return cls(**d)
 
-# %% ../../nbs/memcollab/04_bank.ipynb #7e9d4cf6
+# %% ../../nbs/memcollab/04_bank.ipynb #de70917a
 AT = "added<=:v AND (removed IS NULL OR removed>:v)"
 class BankHistory(BankEdits):
     "A bank whose past can be read."
@@ -696,10 +715,10 @@ class BankHistory(BankEdits):
         if not states: raise MemCollabError(f"{self.path} never had an entry {id!r}: see entries()")
         return states[-1][2].source
 
-# %% ../../nbs/memcollab/04_bank.ipynb #0d972e95
+# %% ../../nbs/memcollab/04_bank.ipynb #a705a19f
 SHARES = .6, .3 # of the best score: a ranking sorts the entries above these one after the other
 
-# %% ../../nbs/memcollab/04_bank.ipynb #a705a19f
+# %% ../../nbs/memcollab/04_bank.ipynb #974494a8
 class ArrayRanking:
     "A ranking from one score per entry."
     def __init__(self,
@@ -709,7 +728,7 @@ class ArrayRanking:
     def walk(self):
         "Entries from the best down, equal scores in the order of insertion; sorts only what scores above 0, unless it must."
         s, above = self.scores, np.inf
-        best = float(s.max(initial=0))
+        best = s.item(s.argmax()) if len(s) else 0
         for cut in [best * share for share in SHARES] if best > 0 else []:
             part = ((s >= cut) & (s < above) if above < np.inf else s >= cut).nonzero()[0]
             yield from part[(-s[part]).argsort(kind="stable")].tolist()
@@ -717,7 +736,7 @@ class ArrayRanking:
         part = (s < above).nonzero()[0]
         yield from part[(-s[part]).argsort(kind="stable")].tolist()
 
-# %% ../../nbs/memcollab/04_bank.ipynb #974494a8
+# %% ../../nbs/memcollab/04_bank.ipynb #223a4f54
 class FlatRanking:
     "A ranking by cosine over a FAISS index of rows, which is asked for more only while more is needed."
     def __init__(self,
@@ -735,7 +754,7 @@ class FlatRanking:
             yield from (place[seq] for _, seq in found[done:] if seq in place)
             done, k = len(found), 4*k
 
-# %% ../../nbs/memcollab/04_bank.ipynb #19ceacc0
+# %% ../../nbs/memcollab/04_bank.ipynb #b1abfc87
 def choose(
     bucket,   # Bucket
     ranking,  # with .walk() and .score(docs)
@@ -752,15 +771,6 @@ def choose(
     if fits is not None: groups = [[d for d in g if fits[d]] for g in groups]
     scores = dict(zip(docs := [d for g in groups for d in g], ranking.score(docs))) # at once: a call costs more than a score
     return [(scores[d], d) for g in groups for d in sorted(g, key=lambda d: (-scores[d], d))[:K]]
-
-# %% ../../nbs/memcollab/04_bank.ipynb #e8d673bf
-class Rarest:
-    "A query's words, the rarest first; sorted whenever somebody wants them."
-    def __init__(self,
-        words:list,    # distinct, k
-        df:np.ndarray, # intp [k], in how many entries each is
-    ): self.words, self.df = words, df
-    def __iter__(self): return (w for _, w in sorted(zip(self.df.tolist(), self.words)))
 
 # %% ../../nbs/memcollab/04_bank.ipynb #563daa6d
 @dataclass(frozen=True, repr=False)
@@ -833,9 +843,8 @@ class BankSearch(BankHistory):
     def __init__(self, path, embedder=None, create=True):
         super().__init__(path, create)
         self.embedder, self._buckets, self._fresh, self.counts = embedder, {}, [], Counter() # counts: what retrievals ended in
-    def _bucket(self, db, category, subcategory):
-        kind, version = (category, subcategory), last_version(db)
-        bucket = self._buckets.pop(kind, None)
+    def _bucket(self, db, kind):
+        version, bucket = last_version(db), self._buckets.pop(kind, None)
         if bucket is None: bucket = self._wide(db, kind, version) if None in kind else load_bucket(db, kind, version)
         elif bucket.version != version: bucket = follow(db, bucket, kind, version)
         if len(self._buckets) >= MAX_BUCKETS: del self._buckets[next(iter(self._buckets))]
@@ -849,10 +858,13 @@ class BankSearch(BankHistory):
         bucket.version = version
         return bucket
     def _constraints(self, db, bucket, docs):
+        "Entries of a bucket, or none if the file has a newer version than the bucket."
         seqs, found = bucket.seqs[docs].tolist(), {}
         for i in range(0, len(seqs), 64): # a few statements, however many entries are asked for
             part = seqs[i:i+64]
-            for row in db.execute(f"SELECT seq, {ENTRY} FROM entries WHERE seq IN ({','.join('?' * len(part))})", part): found[row[0]] = row_to_constraint(row[1:])
+            for seq, version, *row in db.execute(f"SELECT seq, (SELECT max(version) FROM versions), {ENTRY} FROM entries WHERE seq IN ({','.join('?' * len(part))})", part):
+                if version != bucket.version: return []
+                found[seq] = row_to_constraint(row)
         return [found[seq] for seq in seqs]
     def _embedded(self, db, bucket):
         "The bucket's FAISS index over rows, with vectors from the file; new ones are kept for `_store_vectors`."
@@ -890,9 +902,14 @@ class BankRankings(BankSearch):
             try: return FlatRanking(bucket, embed(self.embedder, [query])[0])
             except StoreError as e: raise MemCollabError(str(e)) from None
         return ArrayRanking(HOW[how](bucket.index, query))
+    def _at_once(self, kind, search):
+        "Hits from a bucket that is in memory; none if the file has gone on since, or if nothing fits."
+        with self._session() as db:
+            bucket = self._buckets.pop(kind, None)
+            if bucket: self._buckets[kind] = bucket # at the end, as above
+            return search(db, bucket) if bucket else []
     def _hits(self, db, bucket, query, found):
-        constraints, (known, _, df, _) = self._constraints(db, bucket, [d for _, d in found]), bucket.index.asked(query)
-        asked = Rarest(known, df)
+        constraints, asked = self._constraints(db, bucket, [d for _, d in found]), bucket.index.asked(query)[-1]
         return [Hit(c, score, asked) for (score, _), c in zip(found, constraints)]
     def _pick(self, hits, query, p, chat):
         "Let a model choose among the samples that TF-IDF proposes; without a usable reply the first p stay."
@@ -926,11 +943,15 @@ class BankRetrieval(BankRankings):
         if how == "prompting" and chat is None: raise MemCollabError("how='prompting' needs a model: pass chat=")
         barred = {exclude} if isinstance(exclude, str) else set(exclude)
         if not all(isinstance(t, str) for t in barred): raise MemCollabError(f"exclude is {exclude!r}: give hashes of tasks, which are texts")
-        with self._transaction() as db:
-            bucket = self._bucket(db, category, subcategory)
-            ranking = self._ranking(db, bucket, query, "tfidf" if how == "prompting" else how) if bucket.n else None
-            hits = self._hits(db, bucket, query, choose(bucket, ranking, max(SHOWN, p) if how == "prompting" else p, K, bucket.fits(model, barred))) if ranking else []
-            outcome, note = ("found", "") if hits else self._empty(db, bucket, category, subcategory)
+        kind, rank, most = (category, subcategory), *(("tfidf", max(SHOWN, p)) if how == "prompting" else (how, p))
+        def search(db, bucket):
+            return self._hits(db, bucket, query, choose(bucket, self._ranking(db, bucket, query, rank), most, K, bucket.fits(model, barred))) if bucket.n else []
+        hits, outcome, note = [] if callable(how) or how == "embedding" else self._at_once(kind, search), "found", ""
+        if not hits:
+            with self._transaction() as db:
+                bucket = self._bucket(db, kind)
+                hits = search(db, bucket)
+                if not hits: outcome, note = self._empty(db, bucket, category, subcategory)
         if how == "embedding": self._store_vectors()
         if how == "prompting" and hits: hits = self._pick(hits, query, p, chat)
         self.counts[outcome] += 1
