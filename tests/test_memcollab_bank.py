@@ -1,5 +1,5 @@
 "The bank: retrieval against brute force, versions, exchange with strangers, many processes, kills, and files that are no bank."
-import gc, json, math, os, signal, sqlite3, subprocess, sys, threading, time, weakref
+import gc, json, math, os, re, signal, sqlite3, subprocess, sys, threading, time, weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -520,6 +520,21 @@ def test_a_query_in_memory_is_one_statement_and_sees_what_others_wrote(tmp_path)
         assert len(found()) == 91 and "BEGIN" in said
         other.remove(next(c.id for c in other.entries() if c.when == "a rate is given"))
         assert len(found()) == 90 and "a rate is given" not in found()
+
+
+@given(st.text())
+def test_words_are_those_of_scikit_learn(text):
+    assert words(text) == re.findall(r"(?u)\b\w\w+\b", text.lower())
+
+
+def test_a_ranking_may_ask_the_bank_itself():
+    with ConstraintBank() as bank:
+        bank.add([Constraint(f"case {w}", "check", "", "c") for w in WORDS])
+        bank.retrieve("case", "c")
+        def how(query, constraints):
+            best = bank.retrieve(query, "c", p=1)[0].constraint
+            return [c == best for c in constraints]
+        assert bank.retrieve(f"case {WORDS[2]}", "c", how=how)[0].constraint.when == f"case {WORDS[2]}"
 
 
 @pytest.mark.parametrize("text", ["two  spaces", " before", "behind ", "a\ttab", "a\nline", "no\u00a0break", "a\u2028separator", "\x1cfile", "zo\u00eb", "so\u00adft", "a | b", "a|b", "\U0001f469\u200d\U0001f52c", ""])

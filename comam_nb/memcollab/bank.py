@@ -402,14 +402,15 @@ class BankFile:
             try: yield self._db
             except sqlite3.Error as e:
                 raise MemCollabError(f"{self.path}: SQLite says {str(e)!r}; this call changed nothing: check the disk, the permissions and other processes that use the file") from e
-            finally:
-                if self._db and self._db.in_transaction: self._db.execute("ROLLBACK")
     @contextmanager
     def _transaction(self, write=False):
         with self._session() as db:
-            db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-            yield db
-            db.execute("COMMIT")
+            try:
+                db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+                yield db
+                db.execute("COMMIT")
+            finally:
+                if self._db and db.in_transaction: db.execute("ROLLBACK")
 
 # %% ../../nbs/memcollab/04_bank.ipynb #fd991e3d
 def last_version(db)->int: # 0 for an empty bank
