@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LARGE', 'GROUPED', 'Sample', 'pad_left', 'cut_at_end', 'cut_at_stop', 'own_draws', 'pick', 'draw', 'common_prefix',
            'side_by_side', 'can_share', 'say_simple', 'writing', 'sample_group', 'Columns', 'Batch', 'write_many',
-           'sample_each', 'token_logprobs', 'shared_logprobs']
+           'sample_each', 'token_logprobs', 'SelectiveLogSoftmax', 'selective_log_softmax', 'shared_logprobs']
 
 # %% ../nbs/02_sampling.ipynb #8a187982
 import math, os, warnings
@@ -151,6 +151,16 @@ def _root(model, prompts, least=64):
     if not hasattr(cache, "batch_repeat_interleave"): return None, 0
     cache.batch_repeat_interleave(len(prompts))
     return cache, C
+
+def _read(model, prompts, long=0):
+    "A cache of all but each prompt's last token, left-padded; how many ids they have in common at the start; columns behind those. Rests of up to `long` ids are left out."
+    cache, C = _root(model, prompts)
+    rest = max(map(len, prompts)) - C - 1
+    if rest < max(long, 1): return cache, C, 0
+    ids, mask = pad_left([p[C:-1] for p in prompts], 0, next(model.parameters()).device)
+    mask = torch.cat([mask.new_ones(len(ids), C), mask], 1) # [B, C + rest]
+    out = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, C:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return (cache, C, 0) if out.past_key_values is None else (out.past_key_values, C, rest) # a model that recomputes its activations keeps no cache
 
 # %% ../nbs/02_sampling.ipynb #f015b2c8
 def _with_room(cache, block):
@@ -455,6 +465,50 @@ def _layout(packs, completions, C):
     real = torch.arange(T)[None] < torch.tensor([len(c) for c in completions])[:, None]
     return ids, positions, segment, source, targets, real, P
 
+# %% ../nbs/02_sampling.ipynb #c3a704c9
+class SelectiveLogSoftmax(torch.autograd.Function):
+    "What `selective_log_softmax` does for a large vocabulary."
+    ROWS = 64 # at a time; in float32 their logits fit the cache of a processor
+    @staticmethod
+    def pieces(logits, temperature): # float32, free to be written on
+        for i, z in enumerate(logits.split(SelectiveLogSoftmax.ROWS)):
+            z = z.to(torch.float32, copy=True)
+            yield i * SelectiveLogSoftmax.ROWS, z if temperature == 1 else z.div_(temperature)
+
+    @staticmethod
+    def forward(ctx, logits, at, tokens, temperature):
+        total, entropy = logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
+        for i, z in SelectiveLogSoftmax.pieces(logits, temperature):
+            high = z.amax(-1, keepdim=True)
+            e = z.sub_(high).exp()
+            s = e.sum(-1)
+            total[i:i + len(z)], entropy[i:i + len(z)] = high[:, 0] + s.log(), s.log() - torch.linalg.vecdot(e, z) / s
+        ctx.save_for_backward(logits, at, tokens, total); ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logits[at, tokens].float() / temperature - total[at], entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, _):
+        logits, at, tokens, total = ctx.saved_tensors
+        share, out = torch.zeros_like(total).index_add_(0, at, g), torch.empty_like(logits)
+        for i, z in SelectiveLogSoftmax.pieces(logits, ctx.temperature):
+            rows, mine = slice(i, i + len(z)), (at >= i) & (at < i + len(z))
+            z.sub_(total[rows, None]).exp_().mul_(-share[rows, None]).index_put_((at[mine] - i, tokens[mine]), g[mine], accumulate=True)
+            out[rows] = z.div_(ctx.temperature)
+        return out, None, None, None
+
+def selective_log_softmax(
+    logits:torch.Tensor, # [M, V]
+    at:torch.Tensor, # [K] row numbers, below M
+    tokens:torch.Tensor, # [K] token ids, below V
+    temperature:float=1.0, # divide the logits by it
+)->tuple: # log-probs [K], differentiable, and entropies [M], which are not
+    "Log-probability of some tokens in float32, and the entropy of every row."
+    if logits.size(-1) >= LARGE: return SelectiveLogSoftmax.apply(logits, at, tokens, temperature)
+    logps = (logits.float() / temperature).log_softmax(-1)
+    return logps[at, tokens], -(logps.exp() * logps).sum(-1).detach()
+
 # %% ../nbs/02_sampling.ipynb #c9168e1b
 def shared_logprobs(
     model:torch.nn.Module, # a causal LM, its adapter active
@@ -474,20 +528,14 @@ def shared_logprobs(
         parts = [shared_logprobs(model, [p] * len(mine), [completions[i] for i in mine], temperature, long, many) for p, mine in whole]
         order, T = torch.tensor([i for _, mine in whole for i in mine]).argsort(), max(map(len, completions))
         return tuple(torch.cat([torch.nn.functional.pad(x, (0, T - x.size(1))) for x in xs])[order][place] for xs in zip(*parts))
-    cache, C = _root(model, [p for p, _ in packs])
+    cache, C, read = _read(model, [p for p, _ in packs], long)
     ids, positions, segment, source, targets, real, P = (x.to(param.device) if isinstance(x, torch.Tensor) else x for x in _layout(packs, completions, C))
     seen = torch.cat([segment.new_zeros(len(ids), C), segment], 1) >= 0 # [B, C + L], not padding
-    read = P - 1 if P > long else 0 # ids of each prompt's rest that get a pass of their own
-    if read:
-        out = model(input_ids=ids[:, :read], attention_mask=seen[:, :C + read].long(), position_ids=positions[:, :read], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        if out.past_key_values is None: read = 0 # a model that recomputes its activations keeps no cache
-        else: cache = out.past_key_values
     q, k = segment[:, read:, None], torch.nn.functional.pad(segment, (C, 0))[:, None, :]
     late = torch.arange(read + C, segment.size(1) + C, device=ids.device)[:, None] >= torch.arange(segment.size(1) + C, device=ids.device)
     mask = _open(((k == 0) | (k == q)) & seen[:, None, :] & late, param.dtype)[:, None] # block-causal, [B, 1, L - read, C + L]
     logits = model(input_ids=ids[:, read:], attention_mask=mask, position_ids=positions[:, read:], past_key_values=cache, use_cache=cache is not None,
-                   logits_to_keep=segment.size(1) - P + 1).logits.float() # [B, behind + 1, V]
-    logps = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
-    with torch.no_grad(): entropy = torch.cat([-(l.exp() * l).sum(-1) for l in logps.flatten(0, 1).split(64)]).view(logps.shape[:2]) # in pieces that fit a cache
-    b, at = source.unbind(-1)
-    return (logps[b, at, targets] * real)[place], (entropy[b, at] * real)[place]
+                   logits_to_keep=segment.size(1) - P + 1).logits # [B, behind + 1, V]
+    at = source[..., 0] * logits.size(1) + source[..., 1] # [N, T]
+    logps, entropy = selective_log_softmax(logits.flatten(0, 1), at.flatten(), targets.flatten(), temperature)
+    return (logps.view(at.shape) * real)[place], (entropy[at] * real)[place]
