@@ -52,6 +52,7 @@ class Backbone:
     stop:str="" # a completion ends behind this text, too
     context:int=0 # tokens to use at most, prompt and completion together; 0 for all that the model takes
     writer:object=None # writes in the model's place, (rows of ids, G, tokens at most) -> ids of each row; see `CoMAMTrainer` and vLLM
+    reader:object=None # reads prompts before they are sampled from, (distinct rows of ids, tokens to come) -> a `Reading` or None; see `CoMAMTrainer`
 
     @property
     def device(self)->torch.device: return next(self.model.parameters()).device
@@ -206,19 +207,16 @@ def merged_adapter(
 @contextmanager
 def direct_adapter(
     model:torch.nn.Module, # a PeftModel with LoRA adapters; any other model is left alone
-    few:int=0, # on a CPU and without gradients: up to so many rows of tokens, the adapter computes in its own number type
 ):
     "Compute base and active adapter apart, as PEFT does, by the shortest way for a while."
     name, layers = _plain_lora(model)
     linear = torch.nn.functional.linear
     def forward(x, base, factors): # x [..., in]; factors: number type -> A [r, in], sB [out, r]; None is their own
-        where, own = x.device.type, x.device.type == "cpu" and not torch.is_grad_enabled() and x.numel() <= few * x.size(-1)
-        cast = torch.is_autocast_enabled(where)
-        dtype = torch.get_autocast_dtype(where) if cast and not own else None
+        where = x.device.type
+        dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else None
         if dtype not in factors: factors[dtype] = [f.to(dtype) for f in factors[None]]
         A, B = factors[dtype]
-        with torch.autocast(where, enabled=False) if own and cast else nullcontext(): added = linear(linear(x.to(A.dtype), A), B)
-        return base(x).add_(added)
+        return base(x).add_(linear(linear(x.to(A.dtype), A), B))
     try:
         for l in layers: l.forward = partial(forward, base=l.base_layer, factors={None: [l.lora_A[name].weight, l.lora_B[name].weight * l.scaling[name]]})
         yield
@@ -231,17 +229,31 @@ def packed_weights(
     model:torch.nn.Module, # any model
     rows:int=8, # rows of tokens that are to be expected
 ):
-    "Compute linear layers from copies of their bfloat16 weights, arranged for a CPU, for a while; without gradients. Adapters are left alone."
-    plain = lambda m: type(m) is torch.nn.Linear and type(m.weight) is torch.nn.Parameter and m.weight.dtype == torch.bfloat16 and m.weight.device.type == "cpu" and "forward" not in m.__dict__
-    ops, layers = torch.ops.mkldnn, [m for name, m in model.named_modules() if plain(m) and ".lora_" not in name]
-    if not (torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise") and ops._is_mkldnn_bf16_supported()): layers = []
-    def forward(x, weight, bias): return ops._linear_pointwise(x.to(torch.bfloat16), weight, bias, "none", [], "")
+    "Compute linear layers, and the active adapter with them, from copies of bfloat16 weights, arranged for a CPU, for a while; without gradients."
+    ops, half, linear = torch.ops.mkldnn, torch.bfloat16, torch.nn.functional.linear
+    able = torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise") and ops._is_mkldnn_bf16_supported()
+    fits = lambda m: able and type(m) is torch.nn.Linear and type(m.weight) is torch.nn.Parameter and m.weight.dtype == half and m.weight.device.type == "cpu" and "forward" not in m.__dict__
+    name, adapted = _plain_lora(model)
+    adapted = {l.base_layer: l for l in adapted if fits(l.base_layer)}
+    def forward(x, weight, bias, A): # x [..., in]; weight [out, in], or with an adapter [out, in + r]
+        x = x.to(half)
+        if A is not None:
+            with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
+                x = torch.cat([x, linear(x.to(A.dtype), A).to(half)], -1)
+        return ops._linear_pointwise(x, weight, bias, "none", [], "")
+    before = {}
     try:
         with torch.no_grad():
-            for l in layers: l.forward = partial(forward, weight=ops._reorder_linear_weight(l.weight, rows), bias=l.bias)
+            for base in [m for n, m in model.named_modules() if fits(m) and ".lora_" not in n]:
+                l, weight, A = adapted.get(base, base), base.weight, None
+                if l is not base: weight, A = torch.cat([weight, (l.lora_B[name].weight * l.scaling[name]).to(half)], 1), l.lora_A[name].weight
+                before[l] = l.__dict__.get("forward")
+                l.forward = partial(forward, weight=ops._reorder_linear_weight(weight, rows), bias=base.bias, A=A)
         yield
     finally:
-        for l in layers: l.__dict__.pop("forward", None)
+        for l, f in before.items():
+            if f: l.forward = f
+            else: l.__dict__.pop("forward", None)
 
 # %% ../nbs/01_backbone.ipynb #de05659e
 @torch.no_grad()

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'GROUPED', 'Sample', 'pad_left', 'cut_at_end', 'cut_at_stop', 'own_draws', 'pick', 'draw', 'common_prefix',
-           'side_by_side', 'can_share', 'say_simple', 'writing', 'sample_group', 'Columns', 'Batch', 'write_many',
-           'sample_each', 'token_logprobs', 'SelectiveLogSoftmax', 'selective_log_softmax', 'shared_logprobs']
+           'side_by_side', 'can_share', 'say_simple', 'Reading', 'read_prompts', 'writing', 'sample_group', 'Columns',
+           'Batch', 'write_many', 'sample_each', 'token_logprobs', 'SelectiveLogSoftmax', 'selective_log_softmax',
+           'shared_logprobs']
 
 # %% ../nbs/02_sampling.ipynb #8a187982
-import math, os, warnings
+import copy, math, os, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -162,6 +163,30 @@ def _read(model, prompts, long=0):
     out = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, C:], past_key_values=cache, use_cache=True, logits_to_keep=1)
     return (cache, C, 0) if out.past_key_values is None else (out.past_key_values, C, rest) # a model that recomputes its activations keeps no cache
 
+# %% ../nbs/02_sampling.ipynb #e69e8c1f
+@dataclass
+class Reading:
+    "Prompts that were read, all but the last token of each, with what gradients need."
+    prompts:list # distinct, tuples of ids
+    cache:object # of `transformers`: keys and values of `C + rest` columns, one row per prompt
+    C:int # ids that all prompts begin with
+    rest:int # columns behind those, padded on the left
+
+    def borrow(self): # for writing, which lets a cache grow
+        "The same keys and values in a cache of its own."
+        new = copy.copy(self.cache)
+        new.layers = [copy.copy(l) for l in self.cache.layers]
+        return new
+
+def read_prompts(
+    model:torch.nn.Module, # a causal LM for which `can_share` holds, its adapter active
+    prompts:list, # distinct tuples of ids
+    long:int=512, # shorter rests behind the common beginning are left to scoring
+)->Reading|None: # None if there is nothing to keep
+    "Read prompts once, for writing and for scoring."
+    cache, C, rest = _read(model, prompts, long)
+    return Reading(prompts, cache, C, rest) if rest and hasattr(cache, "layers") else None
+
 # %% ../nbs/02_sampling.ipynb #f015b2c8
 def _with_room(cache, block):
     "The same cache, whose plain layers grow by so many columns at once."
@@ -181,18 +206,18 @@ def _with_room(cache, block):
     return cache
 
 # %% ../nbs/02_sampling.ipynb #5602b9a9
-def _prefill(backbone, rows, G, T):
+def _prefill(backbone, rows, G, T, reading=None):
     "Read prompts for N = len(rows) x G completions: logits [N, V], cache, mask and its growth per step, next positions [R, m], order [N]; None for a cache of another kind."
     model, places, device = backbone.model, {}, backbone.device
     for i, r in enumerate(rows): places.setdefault(tuple(r), []).extend(range(i * G, (i + 1) * G)) # equal prompts are one
     prompts, counts = list(places), [len(n) for n in places.values()]
     exact = can_share(model.config, max(map(len, prompts)) + T)
     if not exact: say_simple(model.config)
-    cache, C = _root(model, prompts) if exact else (None, 0)
+    cache, C, rest = (reading.borrow(), reading.C, reading.rest) if reading else (*_root(model, prompts), 0) if exact else (None, 0, 0)
     ids, mask = pad_left([p[C:] for p in prompts], backbone.pad_id, device)
     mask = torch.cat([mask.new_ones(len(prompts), C), mask], 1) # [B, P]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=positions[:, C:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    out = model(input_ids=ids[:, rest:], attention_mask=mask, position_ids=positions[:, C + rest:], past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache, m = out.past_key_values, side_by_side(counts, mask.size(1), T) if exact else 1
     if not all(hasattr(l, "batch_select_indices") for l in getattr(cache, "layers", [cache])): return None
     order = torch.tensor([n for ns in places.values() for n in ns], device=device) # the completion at each place of [R, m]
@@ -207,9 +232,9 @@ def _prefill(backbone, rows, G, T):
 
 # %% ../nbs/02_sampling.ipynb #4e89be95
 @torch.no_grad()
-def _generate_shared(backbone, rows, G, temperature, max_new_tokens, draws=None):
+def _generate_shared(backbone, rows, G, temperature, max_new_tokens, draws=None, reading=None):
     "As `_generate`, with one prefill per prompt; None if the model's cache cannot be repeated."
-    began = _prefill(backbone, rows, G if temperature > 0 else 1, max_new_tokens)
+    began = _prefill(backbone, rows, G if temperature > 0 else 1, max_new_tokens, reading)
     if began is None: return None
     logits, cache, mask, own, at, order = began
     places, end = order.argsort(), torch.tensor(backbone.eos_ids, dtype=torch.long, device=backbone.device)
@@ -246,7 +271,7 @@ def writing(
         elif param.dtype == torch.float32:
             with merged_adapter(model): yield
         else:
-            with packed_weights(model) if tokens >= 16 else nullcontext(), direct_adapter(model, few=64): yield
+            with direct_adapter(model), packed_weights(model) if tokens >= 16 else nullcontext(): yield
     finally:
         if grouped is None: os.environ.pop(GROUPED, None)
         model.train(training)
@@ -276,11 +301,14 @@ def sample_group(
         written = [cut_at_stop(w, backbone.stop, backbone.tokenizer.decode) for w in written]
         return [[Sample(backbone.decode(w), tuple(r), w) for w in written[i * G:(i + 1) * G]] for i, r in enumerate(rows)]
     order, step, out = sorted(range(len(rows)), key=lambda i: len(rows[i])), max(1, batch_size // G), [None] * len(rows)
+    shared, reading = shared_prefix and top_p >= 1, None
+    if backbone.reader and shared and temperature > 0 and len(rows) <= step: # before the model is set up for writing, which knows no gradients
+        reading = backbone.reader(list(dict.fromkeys(tuple(rows[i]) for i in order)), max_new_tokens)
     with writing(backbone.model, max_new_tokens, shared_prefix):
         for start in range(0, len(rows), step):
             chunk = order[start:start + step]; args = backbone, [rows[i] for i in chunk], G, temperature
             own = None if draws is None else draws[chunk].flatten(0, 1).to(backbone.device) # [N, max_new_tokens]
-            written = _generate_shared(*args, max_new_tokens, own) if shared_prefix and top_p >= 1 else None
+            written = _generate_shared(*args, max_new_tokens, own, reading) if shared else None
             if written is None: written = _generate(*args, top_p, max_new_tokens, own)
             for k, i in enumerate(chunk): out[i] = [Sample(backbone.decode(w), tuple(rows[i]), w) for w in written[k * G:(k + 1) * G]]
     return out
@@ -465,7 +493,7 @@ def _layout(packs, completions, C):
     real = torch.arange(T)[None] < torch.tensor([len(c) for c in completions])[:, None]
     return ids, positions, segment, source, targets, real, P
 
-# %% ../nbs/02_sampling.ipynb #c3a704c9
+# %% ../nbs/02_sampling.ipynb #e64e28be
 class SelectiveLogSoftmax(torch.autograd.Function):
     "What `selective_log_softmax` does for a large vocabulary."
     ROWS = 64 # at a time; in float32 their logits fit the cache of a processor
@@ -517,6 +545,7 @@ def shared_logprobs(
     temperature:float=1.0, # divide the logits by it
     long:int=512, # prompts of at least so many tokens get a pass of their own
     many:int=1024, # up to so many tokens behind a prompt are one row
+    reading:Reading|None=None, # of these prompts, with the same weights; it is used up. One of other prompts is left alone
 )->tuple: # log-probs [N, T] (0 where padded) and entropies [N, T]; differentiable
     "As `token_logprobs`, every distinct prompt, and every distinct completion of it, computed once. Exact where `can_share`."
     rows = list(zip(map(tuple, prompts), map(tuple, completions)))
@@ -528,7 +557,9 @@ def shared_logprobs(
         parts = [shared_logprobs(model, [p] * len(mine), [completions[i] for i in mine], temperature, long, many) for p, mine in whole]
         order, T = torch.tensor([i for _, mine in whole for i in mine]).argsort(), max(map(len, completions))
         return tuple(torch.cat([torch.nn.functional.pad(x, (0, T - x.size(1))) for x in xs])[order][place] for xs in zip(*parts))
-    cache, C, read = _read(model, [p for p, _ in packs], long)
+    if reading and sorted(p for p, _ in packs) == sorted(reading.prompts): # in the reading's order
+        packs, cache, C, read = sorted(packs, key=lambda x: reading.prompts.index(x[0])), reading.cache, reading.C, reading.rest
+    else: cache, C, read = _read(model, [p for p, _ in packs], long)
     ids, positions, segment, source, targets, real, P = (x.to(param.device) if isinstance(x, torch.Tensor) else x for x in _layout(packs, completions, C))
     seen = torch.cat([segment.new_zeros(len(ids), C), segment], 1) >= 0 # [B, C + L], not padding
     q, k = segment[:, read:, None], torch.nn.functional.pad(segment, (C, 0))[:, None, :]

@@ -12,6 +12,7 @@ __all__ = ['POLICIES', 'grpo_loss', 'make_agents', 'SeparatePolicies', 'trained_
 import ctypes, json, os, random, re, signal, sys, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from .agents import ExtractionAgent, ProfileAgent, RetrievalAgent
 from .backbone import Backbone, BackboneError, add_adapters, direct_adapter, merged_adapter, use_adapter
 from .credit import CreditError, assign, group_advantages
 from .mdp import AGENTS, rollout
-from .sampling import _pack, can_share, say_simple, shared_logprobs
+from .sampling import _pack, can_share, read_prompts, say_simple, shared_logprobs
 
 # %% ../nbs/08_training.ipynb #ea2e3f32
 def grpo_loss(
@@ -117,6 +118,7 @@ class CoMAMConfig(GRPOConfig):
     episodes_per_step:int = field(default=4, metadata={"help": "E, episodes rolled out per step, over all processes"})
     trained_agents:list = field(default_factory=lambda: list(AGENTS), metadata={"help": "the others act, but are not updated"})
     shared_prefix:bool = field(default=True, metadata={"help": "compute a prompt once for all completions that follow it"})
+    keep_prompts:int|None = field(default=None, metadata={"help": "prompts of up to so many tokens, over a whole step, are read once for writing and scoring, and kept in memory between; None: 4096 on a CPU, none on a card, whose memory is dearer"})
     micro_batches_per_agent:int = field(default=1, metadata={"help": "split an agent's E x G rows into this many passes, to save memory"})
     sampling:str|None = field(default=None, metadata={"help": "per_group: an episode's rollouts depend on seed, step and place alone; stream: on torch's generator; None: per_group where there are several processes"})
     credit:str = field(default="adaptive", metadata={"help": "credit scheme: adaptive, equal, local, global"})
@@ -148,6 +150,7 @@ class CoMAMConfig(GRPOConfig):
         rows, rest = divmod(share * self.num_generations, self.micro_batches_per_agent)
         if rest: raise CreditError(f"{share * self.num_generations} rows per agent do not divide into {self.micro_batches_per_agent} micro-batches")
         self.per_device_train_batch_size, self.gradient_accumulation_steps = rows, len(self.trained_agents) * self.micro_batches_per_agent
+        if self.keep_prompts is None: self.keep_prompts = 4096 if self.use_cpu or not torch.cuda.is_available() else 0
         if self.bf16 is None: self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
 
@@ -256,19 +259,21 @@ class RolloutStep(LaunchedTrainer):
         return {"prompt_ids": [list(t.prompt_ids) for t in acts], "completion_ids": [list(t.action_ids) for t in acts], "logprobs": None,
                 "integrated": credit.rewards[:, trained].transpose(0, 1).reshape(-1).tolist()} # [agents, E, G] flattened, as the rows are
 
+    def _policies(self): return list({id(a.policy): a.policy for n, a in self.agents.items() if n in self.trained}.values())
+
     @contextmanager
     def _vllm(self):
         "Where TRL has started vLLM (`use_vllm=True`), it writes while the agents act."
-        engine, policies = getattr(self, "vllm_generation", None), {id(a.policy): a.policy for n, a in self.agents.items() if n in self.trained}
+        engine, policies = getattr(self, "vllm_generation", None), self._policies()
         def write(rows, G, tokens):
             engine.sync_weights() # those of the agent whose turn it is
             return [tuple(ids[:tokens]) for ids in engine.generate(rows, None, G)[1]]
         try:
             if engine is not None:
-                for p in policies.values(): p.writer = write
+                for p in policies: p.writer = write
             yield
         finally:
-            for p in policies.values(): p.writer = None
+            for p in policies: p.writer = None
 
 # %% ../nbs/08_training.ipynb #656be2be
 def keep_freed_memory():
@@ -296,7 +301,7 @@ class RolloutTrainer(RolloutStep):
         if args.use_cpu: keep_freed_memory()
         self.agents, self.episodes, self.rewards, self.intervene, self.sampler = agents, list(episodes), rewards, intervene, sampler
         self.trained = tuple(args.trained_agents)
-        self.scheme, self.last_groups, self._agent = credit or args.credit, None, None
+        self.scheme, self.last_groups, self._agent, self._readings = credit or args.credit, None, None, {}
         assign(torch.zeros(1, 3, 2), torch.zeros(1, 2), self.scheme) # a scheme that cannot work fails now, not in step 1
         rows = step_rows(len(self.episodes), args.max_steps, args.episodes_per_step, args.world_size, args.seed, self.trained)
         model = trained_model({n: agents[n] for n in self.trained})
@@ -339,12 +344,40 @@ class AgentScores(RolloutTrainer):
         rows = [[r[m.bool()].tolist() for r, m in zip(ids, mask)] for ids, mask in ((input_ids[:, :split], attention_mask[:, :split]), (input_ids[:, split:], attention_mask[:, split:]))]
         if not self.args.shared_prefix or not all(rows[1]): return None
         _, packed, plain = _pack(*rows)
-        longest = max(len(p) + len(c) for p, c in zip(*rows))
-        if packed > 0.9 * plain and input_ids.device.type == "cuda": return None
-        if not can_share(config := self.agents[self._agent].policy.model.config, longest): return say_simple(config)
+        agent, longest = self.agents[self._agent], max(len(p) + len(c) for p, c in zip(*rows))
+        reading = self._readings.pop(self._key(agent.policy.model, agent.adapter, rows[0]), None) if torch.is_grad_enabled() else None
+        if packed > 0.9 * plain and input_ids.device.type == "cuda" and not reading: return None
+        if not can_share(config := agent.policy.model.config, longest): return say_simple(config)
         with self.accelerator.autocast(), self._lean(model):
-            logps, entropy = shared_logprobs(model, *rows, self.temperature)
+            logps, entropy = shared_logprobs(self._inner(model), *rows, self.temperature, reading=reading)
         return (*(torch.nn.functional.pad(x, (0, logits_to_keep - x.size(1))) for x in (logps, entropy)), None)
+
+    def _rollout(self, labels, trainer):
+        a, config = self.args, self.model.config
+        dropout = getattr(config, "attention_dropout", 0) or any(m.p for m in self.model.modules() if isinstance(m, torch.nn.Dropout))
+        keeps = self.model.training and a.shared_prefix and not a.gradient_checkpointing and not dropout and self._alone()
+        self._readings = {}
+        for p in self._policies(): p.reader = partial(self._read, p) if keeps else None
+        try: return super()._rollout(labels, trainer)
+        finally:
+            for p in self._policies(): p.reader = None
+
+    def _read(self, policy, prompts, tokens):
+        "Read an agent's prompts before it writes, and keep what scoring needs; None where that is too much, or not exact."
+        model, kept = policy.model, sum(len(p) for r in self._readings.values() for p in r.prompts) # tokens
+        key = self._key(model, model.active_adapter if hasattr(model, "peft_config") else None, prompts)
+        if key in self._readings or kept + sum(map(len, prompts)) > self.args.keep_prompts or not can_share(model.config, max(map(len, prompts)) + tokens): return None
+        with torch.enable_grad(), self.accelerator.autocast(), self._lean(model): reading = read_prompts(self._inner(model), prompts)
+        if reading: self._readings[key] = reading
+        return reading
+
+    def _key(self, model, adapter, prompts): return id(model), adapter, *sorted({*map(tuple, prompts)})
+    def _alone(self): return self.accelerator.num_processes == 1 and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+
+    def _inner(self, model):
+        "The model with its adapters, without what Accelerate puts around it to turn all outputs into float32."
+        plain = self.accelerator.unwrap_model(model)
+        return plain.get_base_model() if self._alone() and hasattr(plain, "peft_config") else model
 
     def _lean(self, model):
         "Adapters without PEFT's detours; where a layer is hardly larger than its adapter, one product with their sum costs less than three."

@@ -133,6 +133,14 @@ def links(text):
     return [l.split("#")[0] for l in re.findall(r"\]\(([^()\s]+)\)", text) if not re.match(r"[a-z]+:|#|attachment:", l)]
 
 
+@each_notebook
+def test_every_cell_is_python_to_jupyter(path): # also those that nbdev_test leaves out, which a reader runs
+    from IPython.core.inputtransformer2 import TransformerManager
+    for c in cells(path):
+        if c["cell_type"] == "code" and not source(c).lstrip().startswith("%%"):
+            compile(TransformerManager().transform_cell(source(c)), f"{path}, cell {c['id']}", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
 @pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=name)
 def test_links_lead_somewhere(path):
     texts = [source(c) for c in cells(path) if c["cell_type"] == "markdown"] if path.suffix == ".ipynb" else [path.read_text(encoding="utf-8")]
