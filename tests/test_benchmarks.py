@@ -24,3 +24,12 @@ def test_growth_finds_its_law():
         P = p / 1024
         rows.append({"prompt": p, "G": g, "write": 0.0, "score": a + b * P + c * P**2 + g * (d + e * P)})
     np.testing.assert_allclose(growth.fit(rows), law, rtol=1e-6)
+
+def test_growth_counts_what_a_group_costs():
+    spec = importlib.util.spec_from_file_location("growth", FOLDER / "growth.py")
+    growth = importlib.util.module_from_spec(spec); spec.loader.exec_module(growth)
+    class config: hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, intermediate_size, vocab_size = 4, 3, 2, 1, 5, 7
+    N = 3 * (4*4 + 4*2 + 4*2 + 4*4 + 3 * 4*5) # q, k, v, o and three of the feed-forward
+    assert growth.counted(config, P=0, G=1, new=1) == (2 * (2 * N + 4 * 3 * 4 * .5 + 2 * 4*7), 2 * (N + 4*7 + 2 * 3 * 2 * .5))
+    more = growth.counted(config, P=10, G=2, new=5)
+    assert more[0] == 2 * (2 * N * 20 + 4 * 3 * 4 * (50 + 10 * 12.5) + 2 * 4*7 * 10) and more[1] == 5 * 2 * (N + 28 + 2 * 3 * 2 * (10 + 5))
