@@ -154,7 +154,7 @@ def _root(model, prompts, least=64):
     return cache, C
 
 def _read(model, prompts, long=0):
-    "A cache of all but each prompt's last token, left-padded; how many ids they have in common at the start; columns behind those. Rests of up to `long` ids are left out."
+    "A cache of all but each prompt's last token, left-padded; how many ids they have in common at the start; columns behind those. Rests of fewer than `long` ids are left out."
     cache, C = _root(model, prompts)
     rest = max(map(len, prompts)) - C - 1
     if rest < max(long, 1): return cache, C, 0

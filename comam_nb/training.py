@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['POLICIES', 'grpo_loss', 'make_agents', 'SeparatePolicies', 'trained_model', 'step_rows', 'CoMAMConfig',
            'integrated_reward', 'RolloutLog', 'LostProcess', 'last_checkpoint', 'LaunchedTrainer', 'whole_weights',
-           'RolloutStep', 'keep_freed_memory', 'RolloutTrainer', 'AgentScores', 'CoMAMTrainer', 'save_agents',
-           'load_agents', 'PrioritySampler', 'diagnose']
+           'RolloutStep', 'keep_freed_memory', 'RolloutTrainer', 'KeptReadings', 'AgentScores', 'CoMAMTrainer',
+           'save_agents', 'load_agents', 'PrioritySampler', 'diagnose']
 
 # %% ../nbs/08_training.ipynb #2eb8a073
 import ctypes, json, os, random, re, signal, sys, time
@@ -317,41 +317,9 @@ class RolloutTrainer(RolloutStep):
         if self.is_fsdp_enabled: args.shared_prefix = False # all processes must take the same way through the model, and which is shorter depends on the rows
         self.remove_callback(PrinterCallback) # prints every log line whole
 
-# %% ../nbs/08_training.ipynb #f33ce5b1
-class AgentScores(RolloutTrainer):
-    "The right adapter for each row's log-probabilities, and shared prompts computed once."
-    def _route(self, agent):
-        self._agent = agent
-        model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, SeparatePolicies): model.active = agent
-        else: use_adapter(model, self.agents[agent].adapter)
-
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs):
-        score = super()._get_per_token_logps_and_entropies
-        if self._agent is not None:
-            packed = self._packed(model, input_ids, attention_mask, logits_to_keep)
-            return packed or score(model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs)
-        parts, n = [], input_ids.size(0) // len(self.trained) # a whole generation batch: one agent after the other
-        for i, agent in enumerate(self.trained):
-            self._route(agent)
-            parts.append(score(model, input_ids[i * n:(i + 1) * n], attention_mask[i * n:(i + 1) * n], logits_to_keep, batch_size, **kwargs))
-        self._agent = None
-        return tuple(torch.cat(p) if p[0] is not None else None for p in zip(*parts))
-
-    def _packed(self, model, input_ids, attention_mask, logits_to_keep):
-        "Log-probs and entropies with what prompts share computed once; None where that is not exact or, on a card, saves little."
-        split = input_ids.size(1) - logits_to_keep
-        rows = [[r[m.bool()].tolist() for r, m in zip(ids, mask)] for ids, mask in ((input_ids[:, :split], attention_mask[:, :split]), (input_ids[:, split:], attention_mask[:, split:]))]
-        if not self.args.shared_prefix or not all(rows[1]): return None
-        _, packed, plain = _pack(*rows)
-        agent, longest = self.agents[self._agent], max(len(p) + len(c) for p, c in zip(*rows))
-        reading = self._readings.pop(self._key(agent.policy.model, agent.adapter, rows[0]), None) if torch.is_grad_enabled() else None
-        if packed > 0.9 * plain and input_ids.device.type == "cuda" and not reading: return None
-        if not can_share(config := agent.policy.model.config, longest): return say_simple(config)
-        with self.accelerator.autocast(), self._lean(model):
-            logps, entropy = shared_logprobs(self._inner(model), *rows, self.temperature, reading=reading)
-        return (*(torch.nn.functional.pad(x, (0, logits_to_keep - x.size(1))) for x in (logps, entropy)), None)
-
+# %% ../nbs/08_training.ipynb #9ce391b6
+class KeptReadings(RolloutTrainer):
+    "Prompts read once for writing and for scoring, and the model as both take it."
     def _rollout(self, labels, trainer):
         a, config = self.args, self.model.config
         dropout = getattr(config, "attention_dropout", 0) or any(m.p for m in self.model.modules() if isinstance(m, torch.nn.Dropout))
@@ -385,6 +353,41 @@ class AgentScores(RolloutTrainer):
         if not hasattr(plain, "peft_config") or self.is_fsdp_enabled or self.args.gradient_checkpointing: return nullcontext() # activations must be computed again as they were
         small = plain.config.hidden_size <= 8 * max(c.r for c in plain.peft_config.values()) and plain.dtype == torch.float32 and not self.args.bf16
         return merged_adapter(plain) if small else direct_adapter(plain)
+
+# %% ../nbs/08_training.ipynb #f33ce5b1
+class AgentScores(KeptReadings):
+    "The right adapter for each row's log-probabilities, and shared prompts computed once."
+    def _route(self, agent):
+        self._agent = agent
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, SeparatePolicies): model.active = agent
+        else: use_adapter(model, self.agents[agent].adapter)
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs):
+        score = super()._get_per_token_logps_and_entropies
+        if self._agent is not None:
+            packed = self._packed(model, input_ids, attention_mask, logits_to_keep)
+            return packed or score(model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs)
+        parts, n = [], input_ids.size(0) // len(self.trained) # a whole generation batch: one agent after the other
+        for i, agent in enumerate(self.trained):
+            self._route(agent)
+            parts.append(score(model, input_ids[i * n:(i + 1) * n], attention_mask[i * n:(i + 1) * n], logits_to_keep, batch_size, **kwargs))
+        self._agent = None
+        return tuple(torch.cat(p) if p[0] is not None else None for p in zip(*parts))
+
+    def _packed(self, model, input_ids, attention_mask, logits_to_keep):
+        "Log-probs and entropies with what prompts share computed once; None where that is not exact or, on a card, saves little."
+        split = input_ids.size(1) - logits_to_keep
+        rows = [[r[m.bool()].tolist() for r, m in zip(ids, mask)] for ids, mask in ((input_ids[:, :split], attention_mask[:, :split]), (input_ids[:, split:], attention_mask[:, split:]))]
+        if not self.args.shared_prefix or not all(rows[1]): return None
+        _, packed, plain = _pack(*rows)
+        agent, longest = self.agents[self._agent], max(len(p) + len(c) for p, c in zip(*rows))
+        reading = self._readings.pop(self._key(agent.policy.model, agent.adapter, rows[0]), None) if torch.is_grad_enabled() else None
+        if packed > 0.9 * plain and input_ids.device.type == "cuda" and not reading: return None
+        if not can_share(config := agent.policy.model.config, longest): return say_simple(config)
+        with self.accelerator.autocast(), self._lean(model):
+            logps, entropy = shared_logprobs(self._inner(model), *rows, self.temperature, reading=reading)
+        return (*(torch.nn.functional.pad(x, (0, logits_to_keep - x.size(1))) for x in (logps, entropy)), None)
 
 # %% ../nbs/08_training.ipynb #8283c129
 class CoMAMTrainer(AgentScores):
