@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .backbone import Backbone, BackboneError, direct_adapter, merged_adapter, packed_weights, prompt_ids, use_adapter
+from .backbone import Backbone, BackboneError, attention_in_parts, direct_adapter, merged_adapter, packed_weights, prompt_ids, segments, use_adapter
 
 # %% ../nbs/02_sampling.ipynb #0b6530f7
 @dataclass(frozen=True)
@@ -155,13 +155,15 @@ def _root(model, prompts, least=64):
 
 def _read(model, prompts, long=0):
     "A cache of all but each prompt's last token, left-padded; how many ids they have in common at the start; columns behind those. Rests of fewer than `long` ids are left out."
+    from transformers import PreTrainedModel
     cache, C = _root(model, prompts)
     rest = max(map(len, prompts)) - C - 1
     if rest < max(long, 1): return cache, C, 0
     ids, mask = pad_left([p[C:-1] for p in prompts], 0, next(model.parameters()).device)
     mask = torch.cat([mask.new_ones(len(ids), C), mask], 1) # [B, C + rest]
-    out = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, C:], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return (cache, C, 0) if out.past_key_values is None else (out.past_key_values, C, rest) # a model that recomputes its activations keeps no cache
+    body = model.get_decoder() if isinstance(model, PreTrainedModel) else model # without a product with the whole vocabulary
+    read = body(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, C:], past_key_values=cache, use_cache=True).past_key_values
+    return (cache, C, 0) if read is None else (read, C, rest) # a model that recomputes its activations keeps no cache
 
 # %% ../nbs/02_sampling.ipynb #e69e8c1f
 @dataclass
@@ -257,6 +259,16 @@ def _generate_shared(backbone, rows, G, temperature, max_new_tokens, draws=None,
 GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 
 @contextmanager
+def _light(model):
+    "Inference mode, and a model without what Accelerate puts around it for mixed precision."
+    dressed = model.__dict__.get("forward")
+    if dressed and hasattr(model, "_original_forward"): model.forward = model._original_forward
+    try:
+        with torch.inference_mode(): yield
+    finally:
+        if dressed: model.forward = dressed
+
+@contextmanager
 def writing(
     model:torch.nn.Module, # a causal LM, its adapter active
     tokens:int, # that a text may have at most
@@ -271,7 +283,9 @@ def writing(
         elif param.dtype == torch.float32:
             with merged_adapter(model): yield
         else:
-            with direct_adapter(model), packed_weights(model) if tokens >= 16 else nullcontext(): yield
+            many = tokens >= 16
+            with _light(model) if many and param.device.type == "cpu" and not hasattr(param, "full_tensor") else nullcontext(): # not where weights are shared out
+                with direct_adapter(model), packed_weights(model) if many else nullcontext(): yield
     finally:
         if grouped is None: os.environ.pop(GROUPED, None)
         model.train(training)
@@ -476,22 +490,21 @@ def _in_rows(packs, completions, many):
 
 # %% ../nbs/02_sampling.ipynb #4f699615
 def _layout(packs, completions, C):
-    "ids, positions, segment [B, P + behind]; source [N, T, 2] into [B, behind + 1]; targets and real [N, T]. The first C ids of every prompt are left out."
+    "ids, positions, segment [B, P + behind]; start [N] in [B x (behind + 1)]; targets and real [N, T]. The first C ids of every prompt are left out."
     N, T = len(completions), max(map(len, completions))
     P, behind = max(len(p) for p, _ in packs) - C, max(sum(len(completions[i]) for i in rows) for _, rows in packs)
     ids, positions, segment = (torch.full((len(packs), P + behind), v) for v in (0, 0, -1))
-    source, targets = torch.zeros(N, T, 2, dtype=torch.long), torch.zeros(N, T, dtype=torch.long)
+    start, targets = torch.zeros(N, dtype=torch.long), torch.zeros(N, T, dtype=torch.long)
     for b, (prompt, rows) in enumerate(packs):
         n, at = len(prompt) - C, P
         ids[b, P - n:P], positions[b, P - n:P], segment[b, P - n:P] = torch.tensor(prompt[C:]), torch.arange(C, C + n), 0
         for k, i in enumerate(rows, 1):
             t = len(completions[i])
             ids[b, at:at + t], positions[b, at:at + t], segment[b, at:at + t] = torch.tensor(completions[i]), torch.arange(C + n, C + n + t), k
-            targets[i, :t] = ids[b, at:at + t]
-            source[i, :t, 0], source[i, 0, 1], source[i, 1:t, 1] = b, 0, torch.arange(at - P + 1, at - P + t) # column 0 is the prompt's last token
+            targets[i, :t], start[i] = ids[b, at:at + t], b * (behind + 1) + at - P + 1 # column 0 is the prompt's last token
             at += t
     real = torch.arange(T)[None] < torch.tensor([len(c) for c in completions])[:, None]
-    return ids, positions, segment, source, targets, real, P
+    return ids, positions, segment, start, targets, real, P
 
 # %% ../nbs/02_sampling.ipynb #e64e28be
 class SelectiveLogSoftmax(torch.autograd.Function):
@@ -560,13 +573,16 @@ def shared_logprobs(
     if reading and sorted(p for p, _ in packs) == sorted(reading.prompts): # in the reading's order
         packs, cache, C, read = sorted(packs, key=lambda x: reading.prompts.index(x[0])), reading.cache, reading.C, reading.rest
     else: cache, C, read = _read(model, [p for p, _ in packs], long)
-    ids, positions, segment, source, targets, real, P = (x.to(param.device) if isinstance(x, torch.Tensor) else x for x in _layout(packs, completions, C))
+    ids, positions, segment, start, targets, real, P = (x.to(param.device) if isinstance(x, torch.Tensor) else x for x in _layout(packs, completions, C))
     seen = torch.cat([segment.new_zeros(len(ids), C), segment], 1) >= 0 # [B, C + L], not padding
     q, k = segment[:, read:, None], torch.nn.functional.pad(segment, (C, 0))[:, None, :]
     late = torch.arange(read + C, segment.size(1) + C, device=ids.device)[:, None] >= torch.arange(segment.size(1) + C, device=ids.device)
     mask = _open(((k == 0) | (k == q)) & seen[:, None, :] & late, param.dtype)[:, None] # block-causal, [B, 1, L - read, C + L]
-    logits = model(input_ids=ids[:, read:], attention_mask=mask, position_ids=positions[:, read:], past_key_values=cache, use_cache=cache is not None,
-                   logits_to_keep=segment.size(1) - P + 1).logits # [B, behind + 1, V]
-    at = source[..., 0] * logits.size(1) + source[..., 1] # [N, T]
+    texts = segments(start, real.sum(1), C + P, None if seen[:, :C + P].all() else mask[:, :, :1, :C + P])
+    with attention_in_parts(model, texts) if read and read == P - 1 else nullcontext(): # the prompt's last token sees it whole, as its completions do
+        logits = model(input_ids=ids[:, read:], attention_mask=mask, position_ids=positions[:, read:], past_key_values=cache, use_cache=cache is not None,
+                       logits_to_keep=segment.size(1) - P + 1).logits # [B, behind + 1, V]
+    first = torch.arange(real.size(1), device=ids.device) == 0 # token of a completion: the prompt's last token predicts it; every other the one before
+    at = torch.where(first, start[:, None] // logits.size(1) * logits.size(1), texts.own - 1).clamp(min=0) # [N, T] in [B x (behind + 1)]
     logps, entropy = selective_log_softmax(logits.flatten(0, 1), at.flatten(), targets.flatten(), temperature)
     return (logps.view(at.shape) * real)[place], (entropy[at] * real)[place]

@@ -1,0 +1,98 @@
+"Attention in parts, and the layers that are packed together: where they are used, where not, and what they leave behind."
+import pytest, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from comam_nb import backbone
+from comam_nb.backbone import AdaptedLinear, SegmentAttention, add_adapters, attention_in_parts, direct_adapter, packed_weights, segments
+from comam_nb.sampling import shared_logprobs, writing
+
+SIZE = dict(vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024, pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.2)
+PROMPTS = [[3 + i % 30 for i in range(600)]] * 3 + [[4 + i % 25 for i in range(560)]] * 3 # of unlike length: padding
+COMPLETIONS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15, 16], [17]]
+
+def make(family="llama", **kw):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SIZE, **kw})).eval()
+
+def score(model, monkeypatch=None, **kw):
+    "Log-probs, gradients of all weights, and how many layers' attention was computed in parts."
+    used, apply = [], SegmentAttention.apply
+    if monkeypatch: monkeypatch.setattr(backbone.SegmentAttention, "apply", lambda *a: used.append(1) or apply(*a))
+    logps, _ = shared_logprobs(model, PROMPTS, COMPLETIONS, **kw)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    direction = torch.linspace(-1, 1, logps.numel()).view(logps.shape)
+    return logps, torch.autograd.grad((logps * direction).sum(), weights, allow_unused=True), len(used)
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma", "gpt_neox"])
+def test_completions_behind_long_prompts_are_scored_in_parts_and_equal(family, monkeypatch):
+    model = make(family)
+    logps, gradients, used = score(model, monkeypatch)
+    simple, expected, none = score(model, monkeypatch, long=10_000) # no pass of its own for the prompts: one row with a mask
+    assert (used, none) == (2, 0) # layers
+    assert torch.allclose(logps, simple, atol=1e-4)
+    assert all(a is b is None or (a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1e-3) for a, b in zip(gradients, expected))
+    assert model.config._attn_implementation == "sdpa"
+
+def test_in_bfloat16_parts_are_as_near_to_the_truth_as_a_mask_is(monkeypatch):
+    before = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None)
+    model = make()
+    _, truth, _ = score(model)
+    model.bfloat16()
+    (_, parts, used), (_, mask, none) = score(model, monkeypatch), score(model, monkeypatch, long=10_000)
+    away = lambda grads: sum((a.float() - b).norm() ** 2 for a, b in zip(grads, truth)) ** 0.5 / sum(b.norm() ** 2 for b in truth) ** 0.5
+    assert (used, none) == (2, 0) and away(parts) < 1.25 * away(mask) < 0.2
+    assert getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None) == before
+
+@pytest.mark.parametrize("why", ["eager", "dropout", "checkpointing"])
+def test_where_parts_are_not_possible_the_mask_stays(why, monkeypatch):
+    model = make(**dict(attn_implementation="eager") if why == "eager" else dict(attention_dropout=0.5) if why == "dropout" else {})
+    if why != "eager": model.train()
+    if why == "checkpointing": model.gradient_checkpointing_enable()
+    assert score(model, monkeypatch)[2] == 0
+
+def test_a_failure_leaves_the_model_as_it_was():
+    model = make()
+    with pytest.raises(KeyError), attention_in_parts(model, segments(torch.tensor([1]), torch.tensor([2]), 4)):
+        assert model.config._attn_implementation == "in_parts"
+        raise KeyError
+    assert model.config._attn_implementation == "sdpa"
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"]) # qwen2 has biases in query, key and value; gpt_neox has one layer for the three
+@pytest.mark.parametrize("adapted", ["all-linear", "q_proj", None])
+def test_layers_that_read_the_same_rows_are_packed_as_one_and_equal(family, adapted):
+    if family == "gpt_neox" and adapted == "q_proj": adapted = "dense"
+    model = make(family)
+    if family == "qwen2":
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                if n.endswith("bias"): p.normal_()
+    if adapted:
+        model = add_adapters(model, ("profile",), r=4, target_modules=adapted if adapted == "all-linear" else [adapted])
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                if ".lora_B" in n: p.normal_(0, 0.1)
+    model = model.bfloat16()
+    ids = torch.tensor([[3, 4, 5, 6, 7], [9, 8, 7, 6, 5]])
+    with torch.no_grad():
+        simple = model(ids).logits
+        with packed_weights(model): packed, changed = model(ids).logits, [m.forward for m in model.modules() if "forward" in m.__dict__]
+        assert torch.equal(model(ids).logits, simple) and not [m for m in model.modules() if "forward" in m.__dict__]
+    assert (packed - simple).abs().max() <= 2**-5 * simple.abs().max()
+    if changed: # a processor whose library can
+        assert any(f.func is backbone._packed_part for f in changed) == (family != "gpt_neox")
+
+def test_adapted_linear_has_the_gradients_of_its_formula():
+    torch.manual_seed(0)
+    x, W, b, A, B = (torch.randn(*s, dtype=torch.float64) for s in ((5, 6), (4, 6), (4,), (2, 6), (4, 2)))
+    for t in (x, A, B): t.requires_grad_()
+    assert torch.autograd.gradcheck(AdaptedLinear.apply, (x, W, b, A, B))
+
+def test_writing_undoes_what_it_changed_even_after_a_failure():
+    model = add_adapters(make(), ("profile",), r=4).bfloat16()
+    plain = model.forward
+    dressed = lambda *a, **k: plain(*a, **k)
+    model._original_forward, model.forward = plain, dressed # as Accelerate does
+    with pytest.raises(KeyError), writing(model, 64):
+        assert model.forward == plain and torch.is_inference_mode_enabled()
+        raise KeyError
+    assert model.__dict__["forward"] is dressed and not torch.is_inference_mode_enabled()
+    assert not [n for n, m in model.named_modules() if n and "forward" in m.__dict__]
