@@ -261,12 +261,12 @@ GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 @contextmanager
 def _light(model):
     "Inference mode, and a model without what Accelerate puts around it for mixed precision."
-    dressed = model.__dict__.get("forward")
-    if dressed and hasattr(model, "_original_forward"): model.forward = model._original_forward
+    dressed, plain = (model.__dict__.get(n) for n in ("forward", "_original_forward"))
+    if dressed and plain: model.forward = plain
     try:
         with torch.inference_mode(): yield
     finally:
-        if dressed: model.forward = dressed
+        if dressed and plain: model.forward = dressed
 
 @contextmanager
 def writing(
@@ -579,7 +579,7 @@ def shared_logprobs(
     late = torch.arange(read + C, segment.size(1) + C, device=ids.device)[:, None] >= torch.arange(segment.size(1) + C, device=ids.device)
     mask = _open(((k == 0) | (k == q)) & seen[:, None, :] & late, param.dtype)[:, None] # block-causal, [B, 1, L - read, C + L]
     texts = segments(start, real.sum(1), C + P, None if seen[:, :C + P].all() else mask[:, :, :1, :C + P])
-    with attention_in_parts(model, texts) if read and read == P - 1 else nullcontext(): # the prompt's last token sees it whole, as its completions do
+    with attention_in_parts(model, texts) if cache is not None and read == P - 1 else nullcontext(): # the prompt's last token sees it whole, as its completions do
         logits = model(input_ids=ids[:, read:], attention_mask=mask, position_ids=positions[:, read:], past_key_values=cache, use_cache=cache is not None,
                        logits_to_keep=segment.size(1) - P + 1).logits # [B, behind + 1, V]
     first = torch.arange(real.size(1), device=ids.device) == 0 # token of a completion: the prompt's last token predicts it; every other the one before

@@ -13,11 +13,11 @@ def make(family="llama", **kw):
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SIZE, **kw})).eval()
 
-def score(model, monkeypatch=None, **kw):
+def score(model, monkeypatch=None, prompts=PROMPTS, completions=COMPLETIONS, **kw):
     "Log-probs, gradients of all weights, and how many layers' attention was computed in parts."
     used, apply = [], SegmentAttention.apply
     if monkeypatch: monkeypatch.setattr(backbone.SegmentAttention, "apply", lambda *a: used.append(1) or apply(*a))
-    logps, _ = shared_logprobs(model, PROMPTS, COMPLETIONS, **kw)
+    logps, _ = shared_logprobs(model, prompts, completions, **kw)
     weights = [p for p in model.parameters() if p.requires_grad]
     direction = torch.linspace(-1, 1, logps.numel()).view(logps.shape)
     return logps, torch.autograd.grad((logps * direction).sum(), weights, allow_unused=True), len(used)
@@ -31,6 +31,13 @@ def test_completions_behind_long_prompts_are_scored_in_parts_and_equal(family, m
     assert torch.allclose(logps, simple, atol=1e-4)
     assert all(a is b is None or (a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1e-3) for a, b in zip(gradients, expected))
     assert model.config._attn_implementation == "sdpa"
+
+def test_long_completions_go_in_several_rows_in_parts_and_equal(monkeypatch):
+    model, texts = make(), dict(prompts=[PROMPTS[0][:20]] * 6, completions=[c * 30 for c in COMPLETIONS]) # 390 tokens behind 20
+    logps, gradients, used = score(model, monkeypatch, many=100, **texts)
+    simple, expected, none = score(model, monkeypatch, **texts)
+    assert (used, none) == (2, 0) and torch.allclose(logps, simple, atol=1e-4)
+    assert all((a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1e-3) for a, b in zip(gradients, expected))
 
 def test_in_bfloat16_parts_are_as_near_to_the_truth_as_a_mask_is(monkeypatch):
     before = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None)
