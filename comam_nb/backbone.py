@@ -206,7 +206,7 @@ def merged_adapter(
 
 # %% ../nbs/01_backbone.ipynb #dcb21851
 class AdaptedLinear(torch.autograd.Function):
-    "Wx + b + sB(Ax) and its gradients; W and b are frozen."
+    "Wx + b + sB(Ax) (LoRA, Hu et al. 2021) and its gradients; W and b are frozen."
     @staticmethod
     def forward(ctx, x, weight, bias, A, B): # x [N, in], A [r, in], B with its scale [out, r], all of one number type
         inner = torch.nn.functional.linear(x, A) # [N, r]
@@ -329,7 +329,7 @@ def _attention_gradients(g, q, k, v, lse, delta, scale, hidden=None, causal=Fals
     heads = lambda x: x.view(B, L, Hk, H // Hk, -1).permute(0, 2, 3, 1, 4) # [B, Hk, r, L, ...]: heads that share their keys
     g, q, lse, delta, k, v = *(heads(x) for x in (g, q, lse, delta)), k.transpose(1, 2), v.transpose(1, 2)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    block = 256 if causal else max(64, most // (B * H * S))
+    block = min(256 if causal else L, max(16, most // (B * H * S)))
     for a in range(0, L, block):
         b = min(a + block, L)
         rows = [x[:, :, :, a:b].flatten(2, 3) for x in (g, q, lse, delta)] # stand below each other, as if they were rows
@@ -347,7 +347,7 @@ def _attention_gradients(g, q, k, v, lse, delta, scale, hidden=None, causal=Fals
 
 # %% ../nbs/01_backbone.ipynb #1b753ab2
 class SegmentAttention(torch.autograd.Function):
-    "Attention to a prefix and to a text's own tokens apart, put together."
+    "Attention to a prefix and to a text's own tokens apart, put together (Juravsky et al. 2024)."
     @staticmethod
     def forward(ctx, q, k, v, s, scale): # q [B, H, L, D]; k, v [B, Hk, S, D], of S the last L are the rows' own
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu # attention, and the logarithm of its sum

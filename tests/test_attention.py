@@ -2,7 +2,7 @@
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from comam_nb import backbone
-from comam_nb.backbone import AdaptedLinear, SegmentAttention, add_adapters, attention_in_parts, direct_adapter, packed_weights, segments
+from comam_nb.backbone import AdaptedLinear, SegmentAttention, add_adapters, attention_in_parts, packed_weights, segments
 from comam_nb.sampling import shared_logprobs, writing
 
 SIZE = dict(vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024, pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.2)
