@@ -221,6 +221,13 @@ class LaunchedTrainer(RolloutLog):
             raise lost() from e
         finally: signal.signal(signal.SIGTERM, before)
 
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone() # `trainer_state.json` comes next
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+
 # %% ../nbs/08_training.ipynb #8e44e3ff
 @contextmanager
 def whole_weights(

@@ -12,7 +12,8 @@ STEPS = ["--steps", "3", "--episodes-per-step", "4", "--group-size", "4", "--eva
 
 # What a user starts is `comam`. This is `comam`, once with AdamW, then with plain SGD and priorities, and with faults on demand.
 PROGRAM = '''
-import os, signal, sys
+import os, signal, sys, time
+from transformers import Trainer, TrainerState
 from comam_nb import cli, training
 
 config, rollout = cli.joint_config, training.CoMAMTrainer._rollout
@@ -24,6 +25,15 @@ def rollout_or_die(self, labels, trainer):
     if os.environ.get("DIES") == f"{self.accelerator.process_index}" and self.state.global_step == 2: os.kill(os.getpid(), signal.SIGKILL)
     return rollout(self, labels, trainer)
 cli.joint_config, training.CoMAMTrainer._rollout = joint_config, rollout_or_die
+
+write, save = TrainerState.save_to_json, Trainer._save_rng_state
+def write_slowly(self, path): # the first process is at a checkpoint's last file while the second would be in the next step
+    if os.environ.get("DIES") == "1": time.sleep(3)
+    write(self, path)
+def save_or_die(self, folder): # the first would be done with the checkpoint while the second has yet to write its part
+    if os.environ.get("DIES") == "1 while it saves" and self.accelerator.process_index == 1 and self.state.global_step == 2: time.sleep(3); os.kill(os.getpid(), signal.SIGKILL)
+    save(self, folder)
+TrainerState.save_to_json, Trainer._save_rng_state = write_slowly, save_or_die
 
 if os.environ.get("FSDP_ON_CPU"): # Accelerate shares weights out on accelerators only; PyTorch can do it on any device
     from accelerate import PartialState
@@ -97,12 +107,13 @@ def test_n_processes_are_one(launch, alone, tmp_path, processes):
     assert all((x[k] - y[k]).abs().max() < 1e-5 for k in x)
     assert max(v.abs().max() for k, v in x.items() if "lora_B" in k) > 1e-2 # from zero: something was learned
 
-@pytest.mark.parametrize("dies", ["0", "1"])
-def test_a_killed_process_ends_the_run_and_the_run_goes_on(launch, alone, tmp_path, dies):
+@pytest.mark.parametrize("dies, last", [("0", 2), ("1", 2), ("1 while it saves", 1)])
+def test_a_killed_process_ends_the_run_and_the_run_goes_on(launch, alone, tmp_path, dies, last):
+    "A checkpoint counts from when every process has written its part, and no process goes on before that."
     done = launch(tmp_path, 2, "--save-steps", "1", DIES=dies)
     assert done.returncode != 0
     [line] = [l for l in done.stderr.splitlines() if "comam: " in l]
-    for words in (f"process {1 - int(dies)} of 2 stops in step 3", "another process", "checkpoint-2", "--resume"): assert words in line, line
+    for words in (f"process {1 - int(dies[0])} of 2 stops in step 3", "another process", f"checkpoint-{last}", "--resume"): assert words in line, line
     assert "SIGKILL" in done.stderr # the launcher says which process it was
     if dies == "0": return
     shutil.copytree(tmp_path / "adamw", tmp_path / "fewer" / "adamw")
