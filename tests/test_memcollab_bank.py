@@ -87,6 +87,15 @@ def test_tfidf_equals_scikit_learn(texts, query):
     np.testing.assert_allclose(tfidf_scores(index, query), want, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("how", ["tfidf", "bm25"])
+def test_entries_without_words_are_not_found_by_words(how):
+    bank = ConstraintBank()
+    bank.add([Constraint("", "a b", "c", "k"), Constraint("", "d", "", "k")], check=False) # a word has two letters
+    hits = bank.retrieve("some words", "k", how=how)
+    assert [h.score for h in hits] == [0, 0]
+
+
 def test_p_counts_samples_and_K_their_entries():
     bank = ConstraintBank()
     bank.add([Constraint(f"rate {'price '*j}", f"check {WORDS[i]} {j}", "", "c", "", source(f"t{i}")) for i in range(5) for j in range(4)])

@@ -302,7 +302,7 @@ class Packed:
         x = np.repeat(self._by_df(lucene_idf)[df], df)
         lengths = np.bincount(docs, tf, minlength=self.n)
         x *= tf; x *= k1 + 1
-        x /= tf + (k1 * (1 - b + b * lengths * self.n / lengths.sum()))[docs]
+        x /= tf + (k1 * (1 - b + b * lengths * self.n / max(lengths.sum(), 1)))[docs]
         return x
     def sum(self,
         values:np.ndarray,  # [postings]
