@@ -7,8 +7,8 @@
 
 One group of G completions of 64 tokens behind one prompt, SmolLM2-135M in bfloat16 with one LoRA adapter of rank 16: sampling them, then their
 log-probabilities forwards and backwards. Shared: `sample_group` and `shared_logprobs`, as `CoMAMTrainer` calls them (autocast, `direct_adapter`),
-but with the prompt read for each of the two. Naive: `generate` and `token_logprobs` with PEFT's own layers, where it fits. Both keep freed memory, and the naive way, which needs gigabytes, takes
-each size once before it is measured.
+but with the prompt read for each of the two. Naive: `generate` and `token_logprobs` with PEFT's own layers, where it fits.
+Both keep freed memory, and the naive way, which needs gigabytes, takes each size once before it is measured.
 What the machine can do at most, multiplying and copying, is measured first, and compared with what the group of 8 behind 1,024 tokens makes of it.
 Then a fit by least squares with coefficients that are not negative: seconds = a + b P + c P^2 + G (d + e P), P in 1,024 tokens. The last two terms are what grows with the group."""
 import argparse, json, os, statistics, time, warnings

