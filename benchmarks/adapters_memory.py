@@ -16,9 +16,11 @@ def run(kind, dtype):
     import torch
     from importlib.util import find_spec
     from transformers import TrainerCallback
-    from comam_nb.backbone import Backbone, load_backbone
+    from comam_nb.lm.backbone import Backbone, load_backbone
     from comam_nb.data import example_episode
-    from comam_nb.training import CoMAMConfig, CoMAMTrainer, make_agents
+    from comam_nb.rl.settings import CoMAMConfig
+    from comam_nb.training import CoMAMTrainer
+    from comam_nb.rl.team import make_agents
     class Endless(Backbone):
         eos_ids, stop = (), ""
     class Losses(TrainerCallback):

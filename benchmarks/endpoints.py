@@ -7,8 +7,9 @@ The servers are stubs in this process; each request takes `--delay` seconds, eac
 import argparse, json, os, platform, statistics, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from comam_nb.memcollab.tasks import Task
-from comam_nb.memcollab.trajectories import Solver, open_chat, solve
+from comam_nb.checks.tasks import Task
+from comam_nb.memcollab.attempts import Solver, solve
+from comam_nb.lm.recorded import open_chat
 
 
 class Stub(BaseHTTPRequestHandler):

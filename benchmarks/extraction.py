@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch, transformers
 from comam_nb.agents import FEW_SHOT, ExtractionAgent, render_history
-from comam_nb.assistant import Assistant
-from comam_nb.backbone import load_backbone
+from comam_nb.memory import Assistant
+from comam_nb.lm.backbone import load_backbone
 from comam_nb.data import Message, Session
 
 SAID = """I started as a {job} at a small place in {city}, and the first {n} weeks were harder than I thought.

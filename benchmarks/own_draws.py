@@ -9,8 +9,10 @@ warnings.filterwarnings("ignore")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import torch, transformers, trl
 from transformers import TrainerCallback
-from comam_nb.microworld import MicroWorld, make_episodes, micro_agents, micro_rewards
-from comam_nb.training import CoMAMConfig, CoMAMTrainer
+from comam_nb.microworld import MicroWorld, make_episodes
+from comam_nb.worlds.warm_start import micro_agents, micro_rewards
+from comam_nb.rl.settings import CoMAMConfig
+from comam_nb.training import CoMAMTrainer
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 for flag, value in (("--rounds", 6), ("--steps", 8), ("--episodes-per-step", 16), ("--group-size", 8)): p.add_argument(flag, type=int, default=value)

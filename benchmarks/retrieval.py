@@ -25,7 +25,7 @@ class Synthetic:
     def texts(self, n, k=28): return self.words[np.minimum(np.searchsorted(self.cumulated, self.rng.random((n, k))), VOCABULARY - 1)]
     def query(self): return " ".join(self.texts(1)[0])
     def entries(self, n, start=0):
-        from comam_nb.memcollab.contrast import Constraint
+        from comam_nb.checks.constraints import Constraint
         texts, topics = self.texts(n), self.rng.integers(self.subcategories, size=n)
         pairs = lambda i: {"pairs": [{"task": f"{i//3:016x}", "right": f"r{i}", "wrong": f"w{i}", "right_model": "ada", "wrong_model": "bo"}]}
         return [Constraint(" ".join(t[:10]), " ".join(t[10:19]), " ".join(t[19:]), *kind(s), pairs(start + i), ("ada", "bo"))
@@ -48,7 +48,7 @@ def show(what, ms):
 def build_bank(a, found):
     "Add everything in bulk."
     from comam_nb.memcollab.bank import ConstraintBank
-    from comam_nb.memcollab.contrast import validate
+    from comam_nb.checks.constraints import validate
     made, spent, batch = Synthetic(a.subcategories, 1), np.zeros(2), -(-a.entries // 4) # seconds: on the clock, of processor time
     with ConstraintBank(a.folder/"bank.db") as bank:
         for i in range(0, a.entries, batch):
@@ -63,7 +63,8 @@ def build_bank(a, found):
 
 def simple(bank, query, how, s):
     "The definition, from the rows: postings grown entry by entry, every score computed by the loop."
-    from comam_nb.memcollab.bank import ArrayRanking, Postings
+    from comam_nb.memcollab.bank import ArrayRanking
+    from comam_nb.store.lexical import Postings
     entries, index = bank.entries(*kind(s)), Postings()
     for c in entries: index.add(c.text)
     scores = ArrayRanking(how(index, query)).scores.tolist()
@@ -75,7 +76,8 @@ def simple(bank, query, how, s):
 
 def query_bank(a, found):
     "Retrieval, single additions, and the peers."
-    from comam_nb.memcollab.bank import HOW, ConstraintBank, bm25_scores, tfidf_scores
+    from comam_nb.memcollab.bank import HOW, ConstraintBank
+    from comam_nb.store.lexical import bm25_scores, tfidf_scores
     made, rng = Synthetic(a.subcategories, 2), np.random.default_rng(3)
     bank, opened = timed(ConstraintBank, a.folder/"bank.db")
     print(f"open: {opened[0]:.1f} ms", flush=True)
@@ -151,7 +153,7 @@ class Vectors:
 
 def build_memory(a, found):
     "Items of all users, in random order."
-    from comam_nb.memory import MemoryItem, MemoryStore
+    from comam_nb.store.items import MemoryItem, MemoryStore
     rng, spent, batch = np.random.default_rng(4), 0, min(20_000, a.items)
     with MemoryStore(a.folder/"memory.db", Vectors(5)) as store:
         for i in range(0, a.items, batch):
@@ -163,7 +165,7 @@ def build_memory(a, found):
 
 def query_memory(a, found):
     "Search within a user."
-    from comam_nb.memory import MemoryStore, exact_scores
+    from comam_nb.store.items import MemoryStore, exact_scores
     rng = np.random.default_rng(6)
     store, opened = timed(MemoryStore, a.folder/"memory.db", Vectors(7))
     stream, cold, again, seen = [], [], [], set()

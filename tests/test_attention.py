@@ -2,8 +2,10 @@
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from comam_nb import backbone
-from comam_nb.backbone import AdaptedLinear, SegmentAttention, add_adapters, attention_in_parts, packed_weights, segments
-from comam_nb.sampling import shared_logprobs, writing
+from comam_nb.lm.cpu_kernels import AdaptedLinear, SegmentAttention, attention_in_parts, packed_weights, segments
+from comam_nb.lm.lora import add_adapters
+from comam_nb.lm.scoring import shared_logprobs
+from comam_nb.lm.decoding import writing
 
 SIZE = dict(vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024, pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.2)
 PROMPTS = [[3 + i % 30 for i in range(600)]] * 3 + [[4 + i % 25 for i in range(560)]] * 3 # of unlike length: padding

@@ -6,11 +6,18 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from comam_nb.agents import ExtractionAgent, Note, ProfileAgent, RetrievalAgent, render_notes
-from comam_nb.backbone import prompt_ids
-from comam_nb.baselines import AMem, Base, CAM, Mem1, MemoryBank, MemorySystem, RAG, SYSTEMS, choose, chunks, keywords, most, retention, turns
-from comam_nb.data import DataError, Message, Query, Session, example_episode, make_history
+from comam_nb.lm.backbone import prompt_ids
+from comam_nb.systems.amem import AMem, keywords
+from comam_nb.systems.plain import Base, RAG, chunks
+from comam_nb.systems.cam import CAM
+from comam_nb.systems.mem1 import Mem1, SYSTEMS
+from comam_nb.systems.memorybank import MemoryBank, retention
+from comam_nb.systems.interface import MemorySystem, choose, most, turns
+from comam_nb.base.errors import DataError
+from comam_nb.data import Message, Query, Session, example_episode, make_history
 from comam_nb.mdp import Scripted, State
-from comam_nb.microworld import MicroWorld, make_episodes, micro_agents
+from comam_nb.microworld import MicroWorld, make_episodes
+from comam_nb.worlds.warm_start import micro_agents
 
 each_system = pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS)
 WORLD = MicroWorld()

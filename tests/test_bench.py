@@ -8,12 +8,22 @@ from hypothesis import given, settings, strategies as st
 
 from comam_nb import bench
 from comam_nb.agents import Note
-from comam_nb.baselines import Answer, MemorySystem, Usage
-from comam_nb.bench import *
-from comam_nb.bench import RunFile
-from comam_nb.data import DataError, Episode, Query, example_episode, make_history, read_locomo, read_personamem
+from comam_nb.systems.interface import Answer, MemorySystem
+from comam_nb.agents import Usage
+from comam_nb.systems.comam import CoMAMSystem
+from comam_nb.runs.bench import OptionsOnly, RunFile, chains, news, options_only, read_run, run_system, score_answer, session_distance, token_f1
+from comam_nb.runs.official import Question, official_score, parse_choice, read_questions
+from comam_nb.runs.length_artefact import RULES, balanced_accuracy, length_choice, length_matched, length_rank, length_rule, length_weights, rule_misses
+from comam_nb.runs.cases import browse, loss_counts, lost_by, lost_in, memory_events
+from comam_nb.runs.reports import evaluate_systems, read_runs, report, write_no_memory
+from comam_nb.runs.bench import RunFile
+from comam_nb.base.errors import DataError
+from comam_nb.data import Episode, Query, example_episode, make_history
+from comam_nb.readers.locomo import read_locomo
+from comam_nb.readers.personamem import read_personamem
 from comam_nb.mdp import State, Trajectory, example_agents, example_group
-from comam_nb.rewards import RewardError, by_overlap, choice_match
+from comam_nb.base.errors import RewardError
+from comam_nb.rewards import by_overlap, choice_match
 
 
 def question(user, kind, lengths, answer, id=""):
@@ -114,7 +124,7 @@ def test_rotation_cancels_a_love_for_the_first_place_and_finds_what_is_known(mon
     assert OptionsOnly(None).answer("?", quiz[0].options) == Answer("(b)", "b")
 
 def test_options_only_with_the_small_model_of_the_microworld():
-    from comam_nb.microworld import load_warm_start
+    from comam_nb.worlds.warm_start import load_warm_start
     for p in options_only(load_warm_start(), [Question(Query("?"), ("tea", "coffee", "juice"), "a"), Question(Query("?"), ("tea", "tea"), "a")], marks="123"):
         assert p.sum() == pytest.approx(1, abs=1e-4)
     assert p[0] == pytest.approx(p[1], abs=1e-5) # the same text twice
@@ -278,8 +288,9 @@ def test_comam_answers_the_example():
     assert all(isinstance(n, Note) for n in (*system.memory(), *answer.evidence))
 
 def test_every_system_runs_on_the_microworld(tmp_path):
-    from comam_nb.baselines import SYSTEMS
-    from comam_nb.microworld import MicroWorld, make_episodes, micro_agents
+    from comam_nb.systems.mem1 import SYSTEMS
+    from comam_nb.microworld import MicroWorld, make_episodes
+    from comam_nb.worlds.warm_start import micro_agents
     agents, episodes = micro_agents(MicroWorld()), make_episodes(MicroWorld(), 2, held_out=True)
     systems = {n: (lambda user, make=c: make(agents)) for n, c in {**SYSTEMS, "comam": CoMAMSystem}.items()}
     done = evaluate_systems(systems, episodes, tmp_path, agents=agents)
@@ -310,7 +321,7 @@ def test_report_of_multiple_choice(tmp_path):
 
 def test_the_options_only_row_needs_a_local_model(tmp_path, monkeypatch):
     import torch
-    from comam_nb.microworld import load_warm_start
+    from comam_nb.worlds.warm_start import load_warm_start
     monkeypatch.setattr(bench, "choice_probs", lambda b, prompts, marks: torch.tensor([[.8 if f"({m}) tea" in p else .2 for m in marks] for p in prompts]))
     episodes = [quiz(i, f"user{i}") for i in range(2)]
     evaluate_systems({}, episodes, tmp_path / "a", backbone=load_warm_start())

@@ -1,11 +1,12 @@
 "Memory across backbones: crossings, their table, and the runs on tiny budgets."
 import pytest
 
-from comam_nb.backbone import BackboneError
-from comam_nb.beyond import BACKBONES, beyond, cross, memory_transfer, tiny_neox, transfer_table, warm_folder
-from comam_nb.data import DataError
-from comam_nb.microworld import MicroWorld, make_episodes, micro_agents, micro_rewards
-from comam_nb.reproduction import Budget
+from comam_nb.base.errors import BackboneError
+from comam_nb.studies.crossing import BACKBONES, beyond, cross, memory_transfer, tiny_neox, transfer_table, warm_folder
+from comam_nb.base.errors import DataError
+from comam_nb.microworld import MicroWorld, make_episodes
+from comam_nb.worlds.warm_start import micro_agents, micro_rewards
+from comam_nb.studies.ablation import Budget
 
 def test_a_crossing_takes_its_reader_from_the_other_team():
     A, B = ({n: f"{t}-{n}" for n in ("extraction", "profile", "retrieval")} for t in "AB")

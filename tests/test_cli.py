@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from comam_nb.agents import Action, Note
-from comam_nb.cli import main
+from comam_nb.cli.comam import main
 
 SMALL = ["--steps", "2", "--episodes-per-step", "2", "--group-size", "4", "--eval-episodes", "6"]
 
@@ -80,8 +80,9 @@ def test_own_model_on_a_chat_log(tmp_path, chat, tiny, capsys):
 
 def test_a_judge_on_the_base_leaves_every_adapter_to_the_optimizer(tmp_path, chat, tiny):
     "Scores before training put rubric questions to the base; PEFT then leaves only the active adapter trainable."
-    from comam_nb.cli import _fill_defaults, build_team, joint_config, parser
-    from comam_nb.evaluation import evaluate
+    from comam_nb.cli.comam import _fill_defaults, parser
+    from comam_nb.cli.train import build_team, joint_config
+    from comam_nb.rl.evaluation import evaluate
     from comam_nb.training import CoMAMTrainer
     args = parser().parse_args(["train", "--backbone", tiny, "--data", f"chat:{chat}", "--steps", "1", "--group-size", "2", "--max-new-tokens", "12", "--eval-episodes", "1"])
     _fill_defaults(args)

@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from comam_nb.credit import (CreditError, RULES, SCHEMES, assign, credit_weights, fixed, group_advantages, integrate,
-                             ndcg_consistency, rescaled_consistency)
+from comam_nb.base.errors import CreditError
+from comam_nb.credit import RULES, SCHEMES, assign, credit_weights, fixed, integrate, ndcg_consistency, rescaled_consistency
+from comam_nb.grpo import group_advantages
 
 LOCAL = [[1, .9, 7/15, 0], [.9, .6, .3, 0], [.5, 1, .5, 0]]     # the example episode's four rollouts
 GLOB = [1., 1., 0., 0.]

@@ -8,7 +8,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from comam_nb import data as D
-from comam_nb.data import *
+from comam_nb.base.errors import DataError
+from comam_nb.data import Episode, Message, Query, Session, example_episode, make_history, split_by_user, training_view
+from comam_nb.readers.chat_logs import cloze_queries, load_episodes, read_chat, read_history, write_episodes
+from comam_nb.readers.personamem import parse_options, read_personamem
+from comam_nb.readers.locomo import read_locomo
 
 REAL = Path(__file__).parents[2]/"shared"/"data"
 PM, LOCOMO, CTRL = REAL/"personamem_v1", REAL/"locomo"/"locomo_first7.json", REAL/"memoryctrl"

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy.stats import t as student
 
-from comam_nb.data import DataError
-from comam_nb.evaluation import EVENTS, bootstrap, comparison_table, mean_band, paired, plot_bands, plot_heat, plot_timeline, t_quantile
+from comam_nb.base.errors import DataError
+from comam_nb.studies.plots import EVENTS, plot_bands, plot_heat, plot_timeline
+from comam_nb.base.statistics import bootstrap, comparison_table, mean_band, paired, t_quantile
 
 
 def test_clusters_of_one_change_nothing_and_copies_add_nothing():

@@ -5,15 +5,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from comam_nb.agents import FEW_SHOT, ExtractionAgent, act
-from comam_nb.assistant import Assistant
-from comam_nb.backbone import Backbone, BackboneError, add_adapters, load_backbone, prompt_ids
-from comam_nb.baselines import SYSTEMS
-from comam_nb.bench import CoMAMSystem
-from comam_nb.data import DataError, Message, Session
+from comam_nb.memory import Assistant
+from comam_nb.lm.backbone import Backbone, load_backbone, prompt_ids
+from comam_nb.base.errors import BackboneError
+from comam_nb.lm.lora import add_adapters
+from comam_nb.systems.mem1 import SYSTEMS
+from comam_nb.systems.comam import CoMAMSystem
+from comam_nb.base.errors import DataError
+from comam_nb.data import Message, Session
 from comam_nb.mdp import State
-from comam_nb.memory_r1 import MEMORY_WORLD, MemoryR1, memory_r1_agents
-from comam_nb.microworld import MicroWorld, make_episodes, micro_agents
-from comam_nb.sampling import sample_each, sample_group, write_many
+from comam_nb.systems.memory_r1 import MEMORY_WORLD, MemoryR1, memory_r1_agents
+from comam_nb.microworld import MicroWorld, make_episodes
+from comam_nb.worlds.warm_start import micro_agents
+from comam_nb.lm.decoding import sample_each, sample_group, write_many
 
 WORDS = "the cat drinks tea . yes no ?".split()
 

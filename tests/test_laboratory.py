@@ -5,14 +5,14 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-import comam_nb.laboratory as lab
-from comam_nb.credit import CreditError
-from comam_nb.data import DataError
-from comam_nb.laboratory import (LAB_SCHEMES, LAB_WORLDS, MEASURES, DifferenceRewards, by_measure, contributions, counterfactual, cut, kendall, lab_scheme, learning_curves,
-                                 measure_schemes, pearson, play, read_curves, read_groups, scheme_weights, shapley, shapley_intervals, spearman, steps_to, tie_noise, train_team,
-                                 variance_explained, write_groups)
+import comam_nb.studies.laboratory as lab
+from comam_nb.base.errors import CreditError
+from comam_nb.base.errors import DataError
+from comam_nb.studies.laboratory import LAB_SCHEMES, LAB_WORLDS, MEASURES, DifferenceRewards, by_measure, contributions, counterfactual, cut, kendall, lab_scheme, learning_curves, measure_schemes, pearson, play, read_curves, read_groups, scheme_weights, shapley, shapley_intervals, spearman, tie_noise, train_team, variance_explained, write_groups
+from comam_nb.studies.ablation import steps_to
 from comam_nb.mdp import AGENTS, Scripted, example_agents, rollout
-from comam_nb.microworld import MicroWorld, make_episodes, micro_agents, micro_rewards, understudy, world_agents
+from comam_nb.microworld import MicroWorld, make_episodes, understudy
+from comam_nb.worlds.warm_start import micro_agents, micro_rewards, world_agents
 
 close = torch.testing.assert_close
 level = st.sampled_from([0., .25, .5, 1 / 3, 1.]) # few levels, so that ties are common

@@ -95,13 +95,13 @@ def test_forbidden_finds_what_it_looks_for():
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "matplotlib", "faiss", "openai", "sklearn", "tqdm")
 
-@pytest.mark.parametrize("module", ["comam_nb", "comam_nb.cli", "comam_nb.memcollab", "comam_nb.memcollab.cli"])
+@pytest.mark.parametrize("module", ["comam_nb", "comam_nb.cli.comam", "comam_nb.memcollab", "comam_nb.cli.memcollab"])
 def test_import_is_light(module):
     code = f"import sys, {module}; print([m for m in {HEAVY} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["comam_nb.cli", "comam_nb.memcollab.cli"])
+@pytest.mark.parametrize("module", ["comam_nb.cli.comam", "comam_nb.cli.memcollab"])
 def test_help_loads_nothing_heavy(module):
     code = f"import sys\nfrom {module} import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint([m for m in {HEAVY} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()[-1] == "[]"

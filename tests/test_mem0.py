@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from comam_nb.agents import ExtractionAgent, ProfileAgent, RetrievalAgent
-from comam_nb.data import DataError, example_episode
+from comam_nb.base.errors import DataError
+from comam_nb.data import example_episode
 from comam_nb.mdp import Scripted
-from comam_nb.mem0_system import LocalServer, Mem0System, RequestError, chat_reply, embedding_reply, mem0_config, open_mem0
-from comam_nb.memory import HashingEmbedder
+from comam_nb.systems.mem0 import LocalServer, Mem0System, RequestError, chat_reply, embedding_reply, mem0_config, open_mem0
+from comam_nb.base.embedders import HashingEmbedder
 
 installed = pytest.mark.skipif(find_spec("mem0") is None, reason="mem0 is not installed: pip install 'comam_nb[mem0]'")
 ANSWER = "<information> [2] </information> <final_answer> tea </final_answer>"
@@ -46,11 +47,11 @@ def test_bad_requests_get_400_and_the_server_lives_on(path, body):
         assert post(server.url + "/embeddings", {"input": "tea"})[0] == 200
 
 def test_a_prompt_that_does_not_fit_is_a_request_error():
-    from comam_nb.microworld import load_warm_start
+    from comam_nb.worlds.warm_start import load_warm_start
     with pytest.raises(RequestError, match="tokens"): chat_reply(load_warm_start(), {"messages": [{"role": "user", "content": "tea " * 600}]})
 
 def test_missing_package_and_a_key_that_would_send_data_away_are_refused(monkeypatch, tmp_path):
-    import comam_nb.mem0_system as m
+    import comam_nb.systems.mem0 as m
     with LocalServer(Scripted([""])) as server:
         monkeypatch.setattr(m, "find_spec", lambda name: None)
         with pytest.raises(DataError, match=r"pip install 'comam_nb\[mem0\]'"): open_mem0(server, tmp_path)
@@ -59,7 +60,7 @@ def test_missing_package_and_a_key_that_would_send_data_away_are_refused(monkeyp
         with pytest.raises(DataError, match="OpenRouter"): open_mem0(server, tmp_path)
 
 def test_a_system_without_mem0_leaves_no_server_behind(monkeypatch):
-    import threading, comam_nb.mem0_system as m
+    import threading, comam_nb.systems.mem0 as m
     monkeypatch.setattr(m, "find_spec", lambda name: None)
     before = threading.active_count()
     with pytest.raises(DataError): Mem0System(agents())

@@ -6,12 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from comam_nb.memory import HashingEmbedder, MemoryItem, MemoryStore
-from comam_nb.memcollab.bank import *
-from comam_nb.memcollab.contrast import Constraint, known_pairs, parse_constraints
-from comam_nb.memcollab.sandbox import MemCollabError
-from comam_nb.memcollab.tasks import Task
-from comam_nb.memcollab.trajectories import Reply
+from comam_nb.base.embedders import HashingEmbedder
+from comam_nb.store.items import MemoryItem, MemoryStore
+from comam_nb.store.bank_file import BankPacking, row_to_constraint
+from comam_nb.memcollab.bank import ConstraintBank
+from comam_nb.store.lexical import Postings, bm25_scores, tfidf_scores, words
+from comam_nb.checks.constraints import Constraint, known_pairs
+from comam_nb.memcollab.contrast import parse_constraints
+from comam_nb.base.errors import MemCollabError
+from comam_nb.checks.tasks import Task
+from comam_nb.lm.chat import Reply
 
 quick = settings(max_examples=40, deadline=None)
 WORDS = "rate price fraction sum check root order case unit été 数字 two".split()
@@ -341,7 +345,7 @@ def test_files_that_are_no_bank_are_refused_and_left_alone(tmp_path):
 WRITER = """
 import sys
 from comam_nb.memcollab.bank import ConstraintBank
-from comam_nb.memcollab.contrast import Constraint
+from comam_nb.checks.constraints import Constraint
 path, who, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
 with ConstraintBank(path) as bank:
     for i in range(n):
@@ -439,7 +443,7 @@ def simple(entries, query, how, p=3, K=3):
 def test_stored_arrays_equal_the_simple_path_exactly(tmp_path_factory, steps, queries, pending):
     path = tmp_path_factory.mktemp("x")/"b.db"
     with pytest.MonkeyPatch.context() as patch, ConstraintBank(path) as bank, ConstraintBank(path) as other:
-        patch.setattr("comam_nb.memcollab.bank.PENDING", pending)
+        patch.setattr("comam_nb.store.bank_file.PENDING", pending)
         for what, cs in steps:
             if what < 3: bank.add(cs, check=False)
             elif what == 3: (other if len(cs) % 2 else bank).remove([c.id for c in cs])

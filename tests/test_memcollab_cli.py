@@ -10,9 +10,9 @@ from test_memcollab_trajectories import Server, server # noqa: F401 (a fixture)
 
 from comam_nb.memcollab import cli
 from comam_nb.memcollab.bank import ConstraintBank
-from comam_nb.memcollab.cli import main
-from comam_nb.memcollab.contrast import Constraint
-from comam_nb.memcollab.trajectories import load_trajectories
+from comam_nb.cli.memcollab import main
+from comam_nb.checks.constraints import Constraint
+from comam_nb.memcollab.attempts import load_trajectories
 
 ROOT = Path(__file__).resolve().parents[1]
 LESSON = "When pears are found, enforce adding them to what was there; avoid repeating the first amount."
@@ -155,7 +155,7 @@ def test_a_killed_build_goes_on(place, server):
     "SIGKILL, again and again: every question that was answered and recorded is asked once."
     server.delay = 0.03
     write(Path(place.tasks), pears(20))
-    code = "from comam_nb.memcollab.cli import main; raise SystemExit(main())"
+    code = "from comam_nb.cli.memcollab import main; raise SystemExit(main())"
     run = lambda: subprocess.Popen([sys.executable, "-c", code, *place.build, "--workers", "2"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     size = lambda: sum(p.read_bytes().count(b"\n") for p in place.dir.glob("bank.*.jsonl"))
     for stop in (7, 25, 48): # attempts, attempts, pairs: 40 and 20 in all
@@ -354,7 +354,7 @@ def test_banks_that_are_none(place, capsys, server):
     for c in commands[1:]: fails(capsys, c, "there is no such bank")
     def other_version(path): ConstraintBank(path).close(); db = sqlite3.connect(path); db.execute("PRAGMA user_version=99"); db.commit(); db.close()
     def memory(path):
-        from comam_nb.memory import MemoryStore
+        from comam_nb.store.items import MemoryStore
         MemoryStore(path).close()
     def text(path): Path(path).write_text("When in doubt, ask.\n" * 100)
     for make, words in ((other_version, ["version", "99"]), (memory, ["bank"]), (text, ["not a database"])):
@@ -391,7 +391,7 @@ def test_retrieval_out_of_range(place, capsys, server):
 
 
 def test_two_builds_on_one_bank_do_not_mix(place, server, capsys):
-    from comam_nb.memcollab.trajectories import lock_file
+    from comam_nb.base.files import lock_file
     fd = lock_file(place.dir / "bank.trajectories.jsonl")
     try: fails(capsys, place.build, "another run is writing this file")
     finally: os.close(fd)
@@ -412,7 +412,7 @@ def test_our_own_mistakes_are_shown_in_full(place, monkeypatch):
 
 
 def test_demo_is_handed_its_arguments(tmp_path, monkeypatch, capsys):
-    import comam_nb.memcollab.demo as module
+    import comam_nb.worlds.schools as module
     called = {}
     monkeypatch.setattr(module, "run_demo", lambda **k: called.update(k) or "a table", raising=False)
     assert main(["demo", "--seeds", "2", "--out", str(tmp_path / "demo")]) == 0
@@ -423,6 +423,6 @@ def test_demo_is_handed_its_arguments(tmp_path, monkeypatch, capsys):
 
 
 def test_help_needs_no_torch():
-    code = ("import sys; from comam_nb.memcollab.cli import main\nfor a in (['--help'], ['build', '--help'], ['eval', '--help']):\n    try: main(a)\n    except SystemExit: pass\n"
+    code = ("import sys; from comam_nb.cli.memcollab import main\nfor a in (['--help'], ['build', '--help'], ['eval', '--help']):\n    try: main(a)\n    except SystemExit: pass\n"
             "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

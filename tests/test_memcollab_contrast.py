@@ -4,11 +4,15 @@ from collections import Counter
 from dataclasses import replace
 import pytest
 from hypothesis import given, settings, strategies as st
-from comam_nb.memcollab.contrast import *
+from comam_nb.checks.constraints import Constraint, merge, similarity, validate
+from comam_nb.memcollab.contrast import Distillation, POLICIES, Pair, distill, distill_prompt, pair, parse_constraints, provenance, quote
+from comam_nb.memcollab.effects import OfflineDistiller, step_phrases
 from comam_nb.memcollab.contrast import POLICIES
-from comam_nb.memcollab.sandbox import MemCollabError, Verdict
-from comam_nb.memcollab.tasks import Task
-from comam_nb.memcollab.trajectories import Reply, Trajectory
+from comam_nb.base.errors import MemCollabError
+from comam_nb.checks.sandbox import Verdict
+from comam_nb.checks.tasks import Task
+from comam_nb.lm.chat import Reply
+from comam_nb.memcollab.attempts import Trajectory
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -375,6 +379,6 @@ def test_results_go_to_json_and_back():
 
 
 def test_a_lesson_about_a_reply_is_no_instruction():
-    from comam_nb.memcollab.contrast import check_instruction
+    from comam_nb.checks.constraints import check_instruction
     assert check_instruction(Constraint("an equation is solved", "a check before ending the reply with a number", "stopping early")) == ""
     assert check_instruction(Constraint("an equation is solved", "reply with seven", "stopping early"))

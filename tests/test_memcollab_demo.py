@@ -6,12 +6,13 @@ import comam_nb
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from comam_nb.backbone import BackboneError, load_backbone
-from comam_nb.memcollab.contrast import parse_constraints, validate
-from comam_nb.memcollab.demo import (CHOICES, HABITS, INVARIANTS, MODELS, OPERATIONS, STYLES, TOPICS, ask, demo_solvers, demo_tokenizer, demonstration, draw_task, example,
-                                     is_held_out, lesson, load_demo, make_tasks, probe, procedure, steps, stock_phrases, train_demo, values_in, write_trace)
-from comam_nb.memcollab.tasks import check
-from comam_nb.memcollab.trajectories import solve, with_memory
+from comam_nb.base.errors import BackboneError
+from comam_nb.lm.backbone import load_backbone
+from comam_nb.memcollab.contrast import parse_constraints
+from comam_nb.checks.constraints import validate
+from comam_nb.worlds.schools import CHOICES, HABITS, INVARIANTS, MODELS, OPERATIONS, STYLES, TOPICS, ask, demo_solvers, demo_tokenizer, demonstration, draw_task, example, is_held_out, lesson, load_demo, make_tasks, probe, procedure, steps, stock_phrases, train_demo, values_in, write_trace
+from comam_nb.checks.code_answers import check
+from comam_nb.memcollab.attempts import solve, with_memory
 
 WEIGHTS = Path(comam_nb.__file__).parent / "weights" / "memcollab_demo"
 seeds = st.integers(0, 10**9)
@@ -166,7 +167,7 @@ def test_training_is_reproducible():
 
 
 def test_the_experiment_runs_and_goes_on_where_it_was(tmp_path):
-    from comam_nb.memcollab.demo import run_demo
+    from comam_nb.studies.two_schools import run_demo
     small = dict(seeds=(0,), out=tmp_path / "run", train=64, test=16, arms=["vanilla", "memcollab", "placebo"])
     first, again = run_demo(**small), run_demo(**small)
     assert first.results.arms == ["vanilla", "memcollab", "placebo"] and first.results.solvers == ["llama", "neox"]
@@ -177,7 +178,7 @@ def test_the_experiment_runs_and_goes_on_where_it_was(tmp_path):
 
 
 def test_a_seed_without_agents_is_refused(tmp_path):
-    from comam_nb.backbone import BackboneError
-    from comam_nb.memcollab.demo import run_demo
+    from comam_nb.base.errors import BackboneError
+    from comam_nb.studies.two_schools import run_demo
     with pytest.raises(BackboneError, match="no demo agents of seed 7"): run_demo(seeds=(0, 7), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

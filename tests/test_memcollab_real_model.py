@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from comam_nb.memcollab.trajectories import load_trajectories
+from comam_nb.memcollab.attempts import load_trajectories
 
 pytestmark = pytest.mark.skipif(not os.environ.get("COMAM_REAL_MODEL"), reason="minutes with a 135M model: set COMAM_REAL_MODEL=1 to run")
 ROOT = Path(__file__).resolve().parents[1]
-MAIN = "from comam_nb.memcollab.cli import main; raise SystemExit(main())"
+MAIN = "from comam_nb.cli.memcollab import main; raise SystemExit(main())"
 ROLES = ["--system", "weak", "You are a careful tutor. Write one short line for each step.", "--system", "strong", "Answer with the result only."]
 
 

@@ -1,4 +1,4 @@
-"""comam_nb.memcollab.sandbox: real reference solutions pass, hostile programs do not, and nothing of them is left.
+"""comam_nb.checks.sandbox: real reference solutions pass, hostile programs do not, and nothing of them is left.
 
 Every hostile program below computes the right answers *if and only if* its attack worked, so a pass is a breach and a leak alike.
 Programs that could do harm where a wall is missing say which wall they need, and are skipped where `confinement()` says that it does not stand."""
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 from comam_nb.memcollab import sandbox
-from comam_nb.memcollab.sandbox import (Execution, MemCollabError, Verdict, confinement, decode, encode, execute, globals_used, names_under_test,
-                                        run_python, walls_here)
+from comam_nb.checks.sandbox import Execution, Verdict, confinement, decode, encode, execute, globals_used, names_under_test, run_python, walls_here
+from comam_nb.base.errors import MemCollabError
 
 TESTS = ["assert f(3) == 9", "assert f(-2) == 4", "assert f(10) == 100"]
 TOKEN = f"comam-sandbox-{os.getpid()}\0".encode()
@@ -258,7 +258,7 @@ def test_missing_walls_are_named_loudly():
 
 @linux
 def test_a_caller_that_is_killed_leaves_nothing(tmp_path):
-    code = ("import sys, tempfile\ntempfile.tempdir = sys.argv[1]\nfrom comam_nb.memcollab.sandbox import run_python\n"
+    code = ("import sys, tempfile\ntempfile.tempdir = sys.argv[1]\nfrom comam_nb.checks.sandbox import run_python\n"
             "run_python('def f(x): return x', 'assert f(1) == 1')\nprint('ready', flush=True)\nrun_python('while True: pass', 'assert f(1) == 1', timeout=60)")
     caller = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     mark = f"comam-sandbox-{caller.pid}".encode()

@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from comam_nb.memcollab import tasks as T
-from comam_nb.memcollab.sandbox import MemCollabError
-from comam_nb.memcollab.tasks import (MathWorker, OfflineSorter, Task, TfidfClassifier, check, check_exact, check_math, classify, decide, exact_value,
-    extract_code, final_answer, last_boxed, load_gsm8k, load_humaneval, load_math500, load_mbpp, load_tasks, parse_choice, plain_number, taxonomy)
+from comam_nb.base.errors import MemCollabError
+from comam_nb.checks.math_answers import MathWorker, check_exact, check_math, decide, exact_value, final_answer, last_boxed, plain_number
+from comam_nb.checks.taxonomy import OfflineSorter, TfidfClassifier, classify, parse_choice, taxonomy
+from comam_nb.checks.tasks import Task
+from comam_nb.checks.code_answers import check, extract_code
+from comam_nb.readers.task_files import load_gsm8k, load_humaneval, load_math500, load_mbpp, load_tasks
 
 math_verify = pytest.mark.skipif(T.importlib.util.find_spec("math_verify") is None, reason="needs the extra: pip install 'comam_nb[math]'")
 
@@ -126,7 +129,7 @@ def test_worker_serves_many_threads(worker):
 
 @math_verify
 def test_worker_ends_with_its_parent():
-    code = "from comam_nb.memcollab.tasks import WORKER; print(WORKER.ask('x', 'x'), WORKER.child.pid, flush=True); import os; os.kill(os.getpid(), 9)"
+    code = "from comam_nb.checks.math_answers import WORKER; print(WORKER.ask('x', 'x'), WORKER.child.pid, flush=True); import os; os.kill(os.getpid(), 9)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout.split()
     assert said[0] == "same"
     for _ in range(50):
@@ -289,5 +292,5 @@ def test_every_subcategory_finds_its_own_shelf():
 
 
 def test_import_is_light():
-    code = "import sys; import comam_nb.memcollab.tasks; print([m for m in ('torch', 'datasets', 'sympy', 'math_verify', 'sklearn') if m in sys.modules])"
+    code = "import sys; import comam_nb.checks.math_answers, comam_nb.checks.taxonomy, comam_nb.readers.task_files; print([m for m in ('torch', 'datasets', 'sympy', 'math_verify', 'sklearn') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True).stdout.strip() == "[]"

@@ -8,11 +8,15 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 pytest.importorskip("openai", reason="endpoints need the package `openai`")
-from comam_nb.memcollab.sandbox import MemCollabError, Verdict
-from comam_nb.memcollab.tasks import Task
+from comam_nb.base.errors import MemCollabError
+from comam_nb.checks.sandbox import Verdict
+from comam_nb.checks.tasks import Task
 from comam_nb.memcollab import trajectories as T
-from comam_nb.memcollab.trajectories import (ChatDown, EndpointChat, RecordingChat, ReplayChat, Reply, Solver, Trajectory,
-                                             load_trajectories, open_chat, side_by_side, solve)
+from comam_nb.base.errors import ChatDown
+from comam_nb.lm.endpoints import EndpointChat
+from comam_nb.lm.recorded import RecordingChat, ReplayChat, open_chat
+from comam_nb.lm.chat import Reply
+from comam_nb.memcollab.attempts import Solver, Trajectory, load_trajectories, side_by_side, solve
 
 ROOT = Path(__file__).resolve().parents[1]
 ask = lambda text="hello": [{"role": "user", "content": text}]
@@ -611,8 +615,9 @@ def test_a_full_disk_leaves_a_sound_file(tmp_path):
 
 KILLED = """if 1:
     import sys
-    from comam_nb.memcollab.tasks import Task
-    from comam_nb.memcollab.trajectories import EndpointChat, Solver, solve
+    from comam_nb.checks.tasks import Task
+    from comam_nb.lm.endpoints import EndpointChat
+    from comam_nb.memcollab.attempts import Solver, solve
     url, path, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
     tasks = [Task(f"n{i}", f"Write down the number {i}", check={"kind": "math", "answer": str(i)}) for i in range(n)]
     chat = EndpointChat(url, "m", backoff=0.01, timeout=5, workers=4)
@@ -744,8 +749,8 @@ def test_progress_is_shown_on_demand(capsys):
 @pytest.fixture(scope="module")
 def tiny():
     import torch
-    from comam_nb.backbone import Backbone
-    from comam_nb.microworld import tiny_llama, world_tokenizer
+    from comam_nb.lm.backbone import Backbone
+    from comam_nb.worlds.warm_start import tiny_llama, world_tokenizer
     torch.manual_seed(0)
     tok = world_tokenizer()
     return Backbone(tiny_llama(len(tok)), tok, name="tiny")

@@ -7,14 +7,23 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
-from comam_nb.evaluation import bootstrap
+from comam_nb.base.statistics import bootstrap
 from comam_nb.memcollab.bank import ConstraintBank
-from comam_nb.memcollab.contrast import Constraint, OfflineDistiller, pair_models, parse_constraints, provenance, validate
-from comam_nb.memcollab.sandbox import MemCollabError, Verdict
-from comam_nb.memcollab.tasks import Task
-from comam_nb.memcollab.trajectories import ChatDown, Reply, Solver, Trajectory, solve, text_hash
-from comam_nb.memcollab.transfer import *
-from comam_nb.memcollab.transfer import _mean_divergence
+from comam_nb.checks.constraints import Constraint, validate
+from comam_nb.memcollab.effects import OfflineDistiller
+from comam_nb.memcollab.contrast import pair_models, parse_constraints, provenance
+from comam_nb.base.errors import MemCollabError
+from comam_nb.checks.sandbox import Verdict
+from comam_nb.checks.tasks import Task
+from comam_nb.base.errors import ChatDown
+from comam_nb.lm.chat import Reply
+from comam_nb.memcollab.attempts import Solver, Trajectory, solve
+from comam_nb.base.files import text_hash
+from comam_nb.memcollab.transfer import ARMS, Arm, Reseeded, Results, chores, compare, gather, model_note, model_template, placebo_text, reseed, run_arms
+from comam_nb.studies.bias_probe import BiasProbe, Written, bayes_weights, bias_probe, concordance, constraint_texts, shuffled
+from comam_nb.studies.transfer_matrix import ErrorDivergence, TransferMatrix, error_divergence, from_model, jensen_shannon, transfer_arms, transfer_matrix
+from comam_nb.base.statistics import mcnemar, paired_bootstrap
+from comam_nb.studies.transfer_matrix import _mean_divergence
 
 quick = settings(max_examples=60, deadline=None)
 OPS = {"up": ("add one", "take one"), "down": ("take one", "add one")} # category: (right, tempting)

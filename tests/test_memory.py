@@ -5,8 +5,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from comam_nb.memory import (APPLICATION_ID, FlatIndex, HashingEmbedder, HFEmbedder, Hit, MemoryItem, MemoryStore,
-                             StoreError, exact_scores, minilm_path, rounding_bound)
+from comam_nb.store.items import APPLICATION_ID, FlatIndex, Hit, MemoryItem, MemoryStore, exact_scores, rounding_bound
+from comam_nb.base.embedders import HashingEmbedder, HFEmbedder, minilm_path
+from comam_nb.base.errors import StoreError
 
 SMALL = HashingEmbedder(32)  # few slots, so that collisions and ties are common
 USERS, KINDS = ("ana", "ben", "çé 🐈"), ("fine", "coarse")
@@ -93,7 +94,7 @@ def test_two_users_with_the_same_ids_never_meet():
 
 
 def test_more_users_than_fit_into_memory(monkeypatch):
-    monkeypatch.setattr("comam_nb.memory.MAX_BYTES", 3 * 4*SMALL.dim) # three vectors
+    monkeypatch.setattr("comam_nb.store.items.MAX_BYTES", 3 * 4*SMALL.dim) # three vectors
     with MemoryStore(embedder=SMALL) as store:
         store.add([item(f"tea {u}", str(u)) for u in range(10)])
         for _ in range(2):
@@ -288,7 +289,7 @@ def test_the_file_is_set_to_survive_a_power_cut(tmp_path):
 
 ADDER = """
 import sys
-from comam_nb.memory import MemoryStore, MemoryItem
+from comam_nb.store.items import MemoryStore, MemoryItem
 store, who = MemoryStore(sys.argv[1]), sys.argv[2]
 for n in range(int(sys.argv[3])): print(*store.add([MemoryItem(user=who, text=f"{n} {part}") for part in "abc"]), flush=True)
 """

@@ -9,8 +9,7 @@ from hypothesis import given, settings, strategies as st
 from comam_nb.agents import Note, ProfileAgent
 from comam_nb.data import Query, example_episode
 from comam_nb.mdp import AGENTS, Scripted, State, rollout
-from comam_nb.memory_r1 import (MEMORY_WORLD, OPERATIONS, ManagerAgent, MemoryAnswerAgent, MemoryR1, MicroManager, Operation, SessionExtraction, Told, answer_only, carry_out,
-                                manager_demonstrations, memory_r1_agents, memory_r1_trainer, micro_team, read_operations, renumber)
+from comam_nb.systems.memory_r1 import MEMORY_WORLD, OPERATIONS, ManagerAgent, MemoryAnswerAgent, MemoryR1, MicroManager, Operation, SessionExtraction, Told, answer_only, carry_out, manager_demonstrations, memory_r1_agents, memory_r1_trainer, micro_team, read_operations, renumber
 from comam_nb.microworld import make_episodes
 
 lines = st.lists(st.one_of(st.text(max_size=30), st.builds(lambda k, n: f"{k} " + " ".join(f"[{i}]" for i in n), st.sampled_from(OPERATIONS), st.lists(st.integers(0, 7), max_size=3))), max_size=8)

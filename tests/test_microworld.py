@@ -6,8 +6,8 @@ import comam_nb
 from hypothesis import given, settings, strategies as st
 
 from comam_nb.mdp import AGENTS, MemoryMDP, Scripted, rollout
-from comam_nb.microworld import (FACT, KIND_OF, SUBJECTS, MicroWorld, best_accuracy, demonstrations, exact_profile_reward, make_episode, make_episodes,
-                                 micro_rewards, understudy, user_facts, world_agents, world_tokenizer)
+from comam_nb.microworld import FACT, KIND_OF, SUBJECTS, MicroWorld, best_accuracy, exact_profile_reward, make_episode, make_episodes, understudy, user_facts
+from comam_nb.worlds.warm_start import demonstrations, micro_rewards, world_agents, world_tokenizer
 
 worlds = st.builds(MicroWorld, facts=st.integers(1, 10), budget=st.integers(1, 6), profile_budget=st.integers(1, 4), hot=st.integers(1, 10), skew=st.floats(0, 3),
                    superseded=st.floats(0, 1), noise=st.integers(0, 4), profile_share=st.floats(0, 1))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from comam_nb.backbone import load_backbone
-from comam_nb.cli import main
+from comam_nb.lm.backbone import load_backbone
+from comam_nb.cli.comam import main
 
 pytestmark = pytest.mark.skipif(not os.environ.get("COMAM_REAL_MODEL"), reason="minutes each with a 135M model: set COMAM_REAL_MODEL=1 to run")
 

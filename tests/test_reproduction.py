@@ -5,12 +5,16 @@ import pytest
 import torch
 
 from comam_nb.agents import ProfileAgent
-from comam_nb.cli import main
-from comam_nb.data import DataError
+from comam_nb.cli.comam import main
+from comam_nb.base.errors import DataError
 from comam_nb.mdp import AGENTS, Scripted
-from comam_nb.microworld import MicroWorld, load_warm_start, make_episodes, micro_agents, micro_rewards
-from comam_nb.reproduction import ARMS, Budget, do_without, read_table, reproduce, run_arm, train_arm
-from comam_nb.training import CoMAMConfig, CoMAMTrainer, PrioritySampler, make_agents
+from comam_nb.microworld import MicroWorld, make_episodes
+from comam_nb.worlds.warm_start import load_warm_start, micro_agents, micro_rewards
+from comam_nb.studies.ablation import ARMS, Budget, do_without, read_table, reproduce, run_arm, train_arm
+from comam_nb.rl.settings import CoMAMConfig
+from comam_nb.training import CoMAMTrainer
+from comam_nb.rl.sampler import PrioritySampler
+from comam_nb.rl.team import make_agents
 
 TINY = Budget(steps=2, episodes_per_step=1, group_size=4, lr=1e-2, eval_episodes=4)
 
@@ -60,7 +64,7 @@ def test_three_agents_on_three_architectures(tmp_path):
     "Heterogeneous backbones: a narrow and a wide Llama and a GPT-NeoX, trained together, all three move."
     from dataclasses import replace
     from transformers import AutoConfig, AutoModelForCausalLM
-    from comam_nb.microworld import tiny_llama
+    from comam_nb.worlds.warm_start import tiny_llama
     warm = load_warm_start(); V = len(warm.tokenizer)
     torch.manual_seed(0)
     neox = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=512, pad_token_id=0, eos_token_id=1, bos_token_id=None))

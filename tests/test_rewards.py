@@ -6,10 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace as Item
 import pytest
 from hypothesis import given, strategies as st
-from comam_nb.data import Episode, Query, example_episode, make_history, read_personamem
-from comam_nb.rewards import (RUBRIC, RewardError, RubricJudge, answer_reward, by_citation, by_embedding, by_overlap, choice_match,
-                              evidence_reward, exact_match, extraction_reward, gold_evidence, lm_yes, normalise_answer, profile_reward,
-                              profile_rewards, retrieval_reward, score_trajectories, weak_evidence)
+from comam_nb.data import Episode, Query, example_episode, make_history
+from comam_nb.readers.personamem import read_personamem
+from comam_nb.rewards import RUBRIC, RubricJudge, answer_reward, by_citation, by_embedding, by_overlap, choice_match, evidence_reward, exact_match, extraction_reward, gold_evidence, lm_yes, normalise_answer, profile_reward, profile_rewards, retrieval_reward, score_trajectories
+from comam_nb.base.errors import RewardError
+from comam_nb.readers.weak_evidence import weak_evidence
 
 sets = st.sets(st.integers(1, 8))
 DATA = next((d for p in Path(__file__).resolve().parents if (d := p/"shared"/"data"/"personamem_v1").is_dir()), None)
@@ -107,7 +108,7 @@ def test_errors_say_what_to_do(call, says):
 def test_lm_judge_with_a_real_tiny_model():
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from comam_nb.backbone import Backbone
+    from comam_nb.lm.backbone import Backbone
     words = ["<unk>", "<eos>", "Yes", "No", "tea", "user:"]
     tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -170,7 +171,7 @@ READ = [{12, 14}, {79, 81}, {26, 27}, {40, 41}, {89, 90}, {86, 87}, {83, 84}, {2
 
 @needs_data
 def test_weak_columns_and_both():
-    from comam_nb.rewards import _located
+    from comam_nb.readers.weak_evidence import _located
     episodes = _official_questions()
     whole = {e.meta["context"]: len(e.history[-1].messages) for e in sorted(episodes, key=lambda e: e.meta["end_index"])}
     agree = hits = chosen = right = 0

@@ -4,10 +4,12 @@ import pytest, torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Lfm2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from comam_nb import training
-from comam_nb.backbone import Backbone
+from comam_nb.lm.backbone import Backbone
 from comam_nb.data import example_episode
 from comam_nb.mdp import AGENTS
-from comam_nb.training import CoMAMConfig, CoMAMTrainer, make_agents
+from comam_nb.rl.settings import CoMAMConfig
+from comam_nb.training import CoMAMTrainer
+from comam_nb.rl.team import make_agents
 
 
 @pytest.mark.parametrize("config", [Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"], attn_implementation="sdpa"),

@@ -1,1 +1,0 @@
-"Cross-model memory: trajectories, verified contrast, a bank of constraints (MemCollab)."
