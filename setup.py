@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0", keywords=cfg["keywords"],
     long_description=(here / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     packages=find_packages(include=["comam_nb", "comam_nb.*"]), include_package_data=True,
-    package_data={"comam_nb": ["weights/**/*"]},
+    package_data={"comam_nb": ["py.typed", "weights/**/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "openai", "gguf", "math", "mem0")},

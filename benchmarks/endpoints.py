@@ -1,4 +1,4 @@
-"""Attempts per second with one, two and four endpoints that all take the same time to answer: how busy does a pool keep them?
+"""How busy a pool keeps its endpoints: attempts per second with one, two and four that take the same time to answer.
 
 The servers are stubs in this process; each request takes `--delay` seconds, each endpoint serves two at once.
 
@@ -40,9 +40,11 @@ def main():
             start = time.perf_counter()
             solve(tasks, Solver("stub", chat, "plain"), progress=False)
             seconds[n].append(time.perf_counter() - start)
-    print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {args.tasks} tasks, {args.delay:g} s per request, 2 requests at once per endpoint, {args.rounds} rounds")
+    print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {args.tasks} tasks, {args.delay:g} s per "
+          f"request, 2 requests at once per endpoint, {args.rounds} rounds")
     rate = {n: args.tasks / statistics.median(s) for n, s in seconds.items()}
-    for n, r in rate.items(): print(f"{n} endpoints: {r:.1f} attempts/s, {r * args.delay / 2 / n:.0%} of what they could do")
+    for n, r in rate.items():
+        print(f"{n} endpoints: {r:.1f} attempts/s, {r * args.delay / 2 / n:.0%} of what they could do")
     print(f"endpoints: {rate[2] / rate[1]:.2f}x with 2, {rate[4] / rate[1]:.2f}x with 4")
 
 

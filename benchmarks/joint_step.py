@@ -84,11 +84,11 @@ def run_comam(a):
     from comam_nb.data import example_episode
     from comam_nb.rl.settings import CoMAMConfig
     from comam_nb.training import CoMAMTrainer
-    from comam_nb.rl.team import make_agents
+    from comam_nb.rl.team import make_team
     class Endless(Backbone):
         eos_ids, stop = (), "" # all write --new tokens, as the others do
     loaded = load_backbone(a.model, dtype="bfloat16", chat=False, verbose=False)
-    agents, times = make_agents(Endless(loaded.model, loaded.tokenizer, loaded.adapters), r=16, **{n: {"max_new_tokens": a.new} for n in NAMES}), clock()
+    agents, times = make_team(Endless(loaded.model, loaded.tokenizer, loaded.adapters), r=16, **{n: {"max_new_tokens": a.new} for n in NAMES}), clock()
     tok, fixed, asked = loaded.tokenizer, texts(loaded.tokenizer, a.prompt), {n: 0 for n in NAMES}
     def prompt(name):
         def said(state):

@@ -1,6 +1,9 @@
-"""How long a new process takes to `import comam_nb` and to print the help of both commands, beside an empty Python and `import trl`.
+"""How long a new process takes to `import comam_nb` and to print the help of both commands.
 
-Each is started ten times, in turn, and the median is shown; the first round, in which files come from the disk, is not counted.
+Beside them an empty Python and `import trl`.
+
+Each is started ten times, in turn, and the median is shown.
+The first round, in which files come from the disk, is not counted.
 
     python benchmarks/start_up.py [--rounds 10]
 """
@@ -32,7 +35,8 @@ def main():
             if n: seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(s) for name, s in seconds.items()}
     for name, m in medians.items(): print(f"{name:<28}{m:7.3f} s")
-    print(f"import comam_nb: {medians['import comam_nb']:.3f} s (an empty Python {medians['python -c pass']:.3f} s); import trl: {medians['import trl']:.3f} s, its GRPOTrainer {medians['from trl import GRPOTrainer']:.3f} s")
+    print(f"import comam_nb: {medians['import comam_nb']:.3f} s (an empty Python {medians['python -c pass']:.3f} s); "
+          f"import trl: {medians['import trl']:.3f} s, its GRPOTrainer {medians['from trl import GRPOTrainer']:.3f} s")
     print(f"comam --help: {medians['comam --help']:.3f} s; memcollab --help: {medians['memcollab --help']:.3f} s")
 
 

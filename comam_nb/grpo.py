@@ -6,6 +6,8 @@
 __all__ = ['group_advantages', 'grpo_loss']
 
 # %% ../nbs/book/03_grpo.ipynb #f7e0b9a7
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,29 +15,34 @@ from .base.errors import CreditError
 
 # %% ../nbs/book/03_grpo.ipynb #876af1e6
 def group_advantages(
-    rewards, # [..., G] integrated rewards
+    rewards:Tensor|Sequence, # [..., G] integrated rewards
     eps:float=1e-4, # added to the standard deviation, as in TRL
     ddof:int=1, # 1: unbiased, divides by G - 1, as in TRL; 0: divides by G
 )->Tensor: # [..., G] advantages, mean 0 in every group
-    "Rewards normalised within their group (the advantage in CoMAM Eq. 16). Raises `CreditError` for G = 1."
+    """Rewards normalised within their group (the advantage in CoMAM Eq. 16).
+    Raises `CreditError` for G = 1."""
     r = torch.as_tensor(rewards)
     if not r.is_floating_point(): r = r.float()
-    if r.ndim < 1 or r.shape[-1] < 2: raise CreditError(f"rewards have shape {list(r.shape)}: a group needs at least 2 rollouts; raise G (num_generations)")
-    return (r - r.mean(-1, keepdim=True)) / (r.std(-1, correction=ddof, keepdim=True) + eps)
+    if r.ndim < 1 or r.shape[-1] < 2:
+        raise CreditError(f"rewards have shape {list(r.shape)}: a group needs at least "
+                          "2 rollouts; raise G (num_generations)")
+    spread = r.std(-1, correction=ddof, keepdim=True)
+    return (r - r.mean(-1, keepdim=True)) / (spread + eps)
 
 # %% ../nbs/book/03_grpo.ipynb #ea2e3f32
 def grpo_loss(
-    logps:torch.Tensor, # [N, T] log-probs of the completion tokens under the policy
-    old_logps:torch.Tensor, # [N, T] the same under the policy that sampled them
-    advantages:torch.Tensor, # [N] one per completion
-    mask:torch.Tensor, # [N, T] 1 for a real token
+    logps:Tensor, # [N, T] log-probs of the completion tokens under the policy
+    old_logps:Tensor, # [N, T] the same under the policy that sampled them
+    advantages:Tensor, # [N] one per completion
+    mask:Tensor, # [N, T] 1 for a real token
     epsilon:float=0.2, # clip range
-    level:str="token", # "token", or "sequence": one ratio per completion, the closest to Eq. 16's action-level ratio
-)->torch.Tensor: # scalar loss
+    level:str="token", # "token", or "sequence": one ratio per completion
+)->Tensor: # scalar loss
     "The clipped GRPO objective without KL (CoMAM Eq. 16; Shao et al. 2024)."
+    mean = lambda x: (x * mask).sum(1) / mask.sum(1).clamp(min=1) # over tokens, [N]
     log_ratio = logps - old_logps
-    if level == "sequence": log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1))[:, None] # [N, 1]
+    if level == "sequence": log_ratio = mean(log_ratio)[:, None] # [N, 1]
     ratio, A = log_ratio.exp(), advantages[:, None]
-    # the minimum of the plain and the clipped objective, averaged over a completion's tokens, then over completions
-    per_token = -torch.min(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A).expand_as(logps)
-    return ((per_token * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+    # the minimum of the plain and the clipped objective; over tokens, then completions
+    per_token = -torch.min(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A)
+    return mean(per_token.expand_as(logps)).mean()

@@ -1,4 +1,6 @@
-"""The repository's address stands in settings.ini (user, repo, branch). This writes it into the notebooks: Colab badges, install cells, the clone line.
+"""The repository's address, which stands in settings.ini (user, repo, branch), in all notebooks.
+
+This writes it into Colab badges, install cells and the clone line.
 
     python scripts/address.py            # rewrite the notebooks
     python scripts/address.py --check    # exit code 1 and a list of notebooks that are out of step
@@ -18,20 +20,25 @@ def read_address(root: Path = ROOT):
 
 def notebooks(root: Path = ROOT):
     "Every notebook, checkpoints and hidden folders aside."
-    return sorted(p for p in (root / "nbs").rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(root).parts))
+    hidden = lambda p: any(part[0] in "._" for part in p.relative_to(root).parts)
+    return sorted(p for p in (root / "nbs").rglob("*.ipynb") if not hidden(p))
 
 def badge(path: str, user: str, repo: str, branch: str):
     "The first line of the notebook at `path`, which counts from the root."
-    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({COLAB}{user}/{repo}/blob/{branch}/{path})"
+    image = "https://colab.research.google.com/assets/colab-badge.svg"
+    return f"[![Open in Colab]({image})]({COLAB}{user}/{repo}/blob/{branch}/{path})"
 
 def readdress(text: str, path: str, user: str, repo: str, branch: str):
-    "A notebook's text with the address in it. Only the addresses change: the text is never re-encoded. Raises `ValueError`."
+    "A notebook's text with the address in it; only addresses change, nothing is re-encoded. Raises `ValueError`."
     home = f"https://github.com/{user}/{repo}"
     cells = json.loads(text)["cells"]
     first = "".join(cells[0]["source"]) if cells else ""
-    if not first.startswith("[![Open in Colab]"): raise ValueError("its first cell must begin with the Colab badge:\n    " + badge(path, user, repo, branch))
-    text = text.replace(first.splitlines()[0], badge(path, user, repo, branch), 1) # the whole line: a notebook may have been moved
-    text = re.sub(re.escape(COLAB) + r"[^\s()\"]+?/blob/[^\s()\"]+?/nbs/", lambda m: f"{COLAB}{user}/{repo}/blob/{branch}/nbs/", text)
+    if not first.startswith("[![Open in Colab]"):
+        raise ValueError("its first cell must begin with the Colab badge:\n    " + badge(path, user, repo, branch))
+    # the whole line: a notebook may have been moved
+    text = text.replace(first.splitlines()[0], badge(path, user, repo, branch), 1)
+    text = re.sub(re.escape(COLAB) + r"[^\s()\"]+?/blob/[^\s()\"]+?/nbs/",
+                  lambda m: f"{COLAB}{user}/{repo}/blob/{branch}/nbs/", text)
     text = re.sub(r"(pip install -q git\+)https://github\.com/[\w.-]+/[\w.-]+", lambda m: m[1] + home, text)
     text = re.sub(r"(git clone (?:-q )?)https://github\.com/[\w.-]+/[\w.-]+", lambda m: m[1] + home, text)
     return re.sub(r"(git clone \S+ && cd |%cd )[\w-][\w.-]*", lambda m: m[1] + repo, text)
@@ -48,7 +55,9 @@ def main(argv=None, root: Path = ROOT):
         stale.append(name)
         if not check: p.write_bytes(new.encode("utf-8"))
     for line in broken: print(line, file=sys.stderr)
-    if stale and check: print("not at the address that settings.ini names, run `python scripts/address.py`:\n  " + "\n  ".join(stale), file=sys.stderr)
+    if stale and check:
+        print("not at the address that settings.ini names, run `python scripts/address.py`:\n  " + "\n  ".join(stale),
+              file=sys.stderr)
     elif stale: print("rewritten: " + " ".join(stale) + "\nnow run: nbdev_export && python scripts/readme.py")
     return int(bool(broken or (stale and check)))
 

@@ -44,7 +44,8 @@ def main(argv=None):
         return 0
     if old == text: return 0
     print("README.md is not what nbs/index.ipynb says, run `python scripts/readme.py`:", file=sys.stderr)
-    print("\n".join(list(difflib.unified_diff(old.splitlines(), text.splitlines(), "README.md", "nbs/index.ipynb", "", "", 0))[:20]), file=sys.stderr)
+    print("\n".join(list(difflib.unified_diff(old.splitlines(), text.splitlines(), "README.md", "nbs/index.ipynb", "",
+                                              "", 0))[:20]), file=sys.stderr)
     return 1
 
 if __name__ == "__main__": sys.exit(main())

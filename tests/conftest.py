@@ -1,4 +1,4 @@
-"Offline and on the CPU: what every test may count on. Tests that need files which are not on every machine skip, and say which."
+"Offline and on the CPU: what every test may count on. Tests whose files are not on every machine skip, and say which."
 import os, signal
 os.environ.setdefault("HF_HUB_OFFLINE", "1") # before anything imports huggingface_hub
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler) # a job in the background starts with Ctrl-C ignored; some tests press it
+# a job in the background starts with Ctrl-C ignored; some tests press it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1))) # tiny models gain nothing from more, and wait for each other where cores are busy
+# tiny models gain nothing from more, and wait for each other where cores are busy
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
 
 @pytest.fixture(scope="session")
 def shared():
     "The folder with the real data sets, beside the repository."
     path = Path(__file__).resolve().parents[2] / "shared" / "data"
-    if not path.is_dir(): pytest.skip("the real data sets are not on this machine (CONTRIBUTING.md says where they come from)")
+    if not path.is_dir():
+        pytest.skip("the real data sets are not on this machine (CONTRIBUTING.md says where they come from)")
     return path
 
 

@@ -1,13 +1,17 @@
-"Attention in parts, and the layers that are packed together: where they are used, where not, and what they leave behind."
+"Attention in parts, and layers that are packed together: where they are used, where not, and what they leave behind."
+from functools import partial
+
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from comam_nb import backbone
-from comam_nb.lm.cpu_kernels import AdaptedLinear, SegmentAttention, attention_in_parts, packed_weights, segments
+from comam_nb.lm import cpu_kernels as kernels
+from comam_nb.lm.cpu_kernels import attention_in_parts, fast_writing, use_kernels
 from comam_nb.lm.lora import add_adapters
 from comam_nb.lm.scoring import shared_logprobs
-from comam_nb.lm.decoding import writing
 
-SIZE = dict(vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024, pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.2)
+SIZE = dict(vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            head_dim=16,
+            num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+            initializer_range=0.2)
 PROMPTS = [[3 + i % 30 for i in range(600)]] * 3 + [[4 + i % 25 for i in range(560)]] * 3 # of unlike length: padding
 COMPLETIONS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15, 16], [17]]
 
@@ -15,10 +19,12 @@ def make(family="llama", **kw):
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SIZE, **kw})).eval()
 
+def near(a, b): return (a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1e-3)
+
 def score(model, monkeypatch=None, prompts=PROMPTS, completions=COMPLETIONS, **kw):
     "Log-probs, gradients of all weights, and how many layers' attention was computed in parts."
-    used, apply = [], SegmentAttention.apply
-    if monkeypatch: monkeypatch.setattr(backbone.SegmentAttention, "apply", lambda *a: used.append(1) or apply(*a))
+    used, apply = [], kernels._SegmentAttention.apply
+    if monkeypatch: monkeypatch.setattr(kernels._SegmentAttention, "apply", lambda *a: used.append(1) or apply(*a))
     logps, _ = shared_logprobs(model, prompts, completions, **kw)
     weights = [p for p in model.parameters() if p.requires_grad]
     direction = torch.linspace(-1, 1, logps.numel()).view(logps.shape)
@@ -28,18 +34,19 @@ def score(model, monkeypatch=None, prompts=PROMPTS, completions=COMPLETIONS, **k
 def test_completions_behind_long_prompts_are_scored_in_parts_and_equal(family, monkeypatch):
     model = make(family)
     logps, gradients, used = score(model, monkeypatch)
-    simple, expected, none = score(model, monkeypatch, long=10_000) # no pass of its own for the prompts: one row with a mask
+    simple, expected, none = score(model, monkeypatch, long=10_000) # no pass for the prompts: one row with a mask
     assert (used, none) == (2, 0) # layers
     assert torch.allclose(logps, simple, atol=1e-4)
-    assert all(a is b is None or (a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1e-3) for a, b in zip(gradients, expected))
+    for a, b in zip(gradients, expected): assert a is b is None or near(a, b)
     assert model.config._attn_implementation == "sdpa"
 
 def test_long_completions_go_in_several_rows_in_parts_and_equal(monkeypatch):
-    model, texts = make(), dict(prompts=[PROMPTS[0][:20]] * 6, completions=[c * 30 for c in COMPLETIONS]) # 390 tokens behind 20
+    texts = dict(prompts=[PROMPTS[0][:20]] * 6, completions=[c * 30 for c in COMPLETIONS]) # 390 tokens behind 20
+    model = make()
     logps, gradients, used = score(model, monkeypatch, many=100, **texts)
     simple, expected, none = score(model, monkeypatch, **texts)
     assert (used, none) == (2, 0) and torch.allclose(logps, simple, atol=1e-4)
-    assert all((a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1e-3) for a, b in zip(gradients, expected))
+    assert all(near(a, b) for a, b in zip(gradients, expected))
 
 def test_in_bfloat16_parts_are_as_near_to_the_truth_as_a_mask_is(monkeypatch):
     before = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None)
@@ -47,25 +54,31 @@ def test_in_bfloat16_parts_are_as_near_to_the_truth_as_a_mask_is(monkeypatch):
     _, truth, _ = score(model)
     model.bfloat16()
     (_, parts, used), (_, mask, none) = score(model, monkeypatch), score(model, monkeypatch, long=10_000)
-    away = lambda grads: sum((a.float() - b).norm() ** 2 for a, b in zip(grads, truth)) ** 0.5 / sum(b.norm() ** 2 for b in truth) ** 0.5
+    norm = lambda xs: sum(x.norm() ** 2 for x in xs) ** 0.5
+    away = lambda grads: norm([a.float() - b for a, b in zip(grads, truth)]) / norm(truth)
     assert (used, none) == (2, 0) and away(parts) < 1.25 * away(mask) < 0.2
     assert getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None) == before
 
 @pytest.mark.parametrize("why", ["eager", "dropout", "checkpointing"])
 def test_where_parts_are_not_possible_the_mask_stays(why, monkeypatch):
-    model = make(**dict(attn_implementation="eager") if why == "eager" else dict(attention_dropout=0.5) if why == "dropout" else {})
+    settings = {"eager": dict(attn_implementation="eager"), "dropout": dict(attention_dropout=0.5), "checkpointing": {}}
+    model = make(**settings[why])
     if why != "eager": model.train()
     if why == "checkpointing": model.gradient_checkpointing_enable()
     assert score(model, monkeypatch)[2] == 0
 
 def test_a_failure_leaves_the_model_as_it_was():
     model = make()
-    with pytest.raises(KeyError), attention_in_parts(model, segments(torch.tensor([1]), torch.tensor([2]), 4)):
+    own, real = torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(KeyError), attention_in_parts(model, 4, own, real):
         assert model.config._attn_implementation == "in_parts"
         raise KeyError
     assert model.config._attn_implementation == "sdpa"
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"]) # qwen2 has biases in query, key and value; gpt_neox has one layer for the three
+def changed(model): return [m.forward for m in model.modules() if "forward" in m.__dict__]
+
+# qwen2 has biases in query, key and value; gpt_neox has one layer for the three
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
 @pytest.mark.parametrize("adapted", ["all-linear", "q_proj", None])
 def test_layers_that_read_the_same_rows_are_packed_as_one_and_equal(family, adapted):
     if family == "gpt_neox" and adapted == "q_proj": adapted = "dense"
@@ -83,25 +96,40 @@ def test_layers_that_read_the_same_rows_are_packed_as_one_and_equal(family, adap
     ids = torch.tensor([[3, 4, 5, 6, 7], [9, 8, 7, 6, 5]])
     with torch.no_grad():
         simple = model(ids).logits
-        with packed_weights(model): packed, changed = model(ids).logits, [m.forward for m in model.modules() if "forward" in m.__dict__]
-        assert torch.equal(model(ids).logits, simple) and not [m for m in model.modules() if "forward" in m.__dict__]
+        with kernels._packed_weights(model): packed, forwards = model(ids).logits, changed(model)
+        assert torch.equal(model(ids).logits, simple) and not changed(model)
     assert (packed - simple).abs().max() <= 2**-5 * simple.abs().max()
-    if changed: # a processor whose library can
-        assert any(f.func is backbone._packed_part for f in changed) == (family != "gpt_neox")
+    if forwards: # a processor whose library can
+        assert any(f.func is kernels._packed_part for f in forwards) == (family != "gpt_neox")
 
 def test_adapted_linear_has_the_gradients_of_its_formula():
     torch.manual_seed(0)
     x, W, b, A, B = (torch.randn(*s, dtype=torch.float64) for s in ((5, 6), (4, 6), (4,), (2, 6), (4, 2)))
     for t in (x, A, B): t.requires_grad_()
-    assert torch.autograd.gradcheck(AdaptedLinear.apply, (x, W, b, A, B))
+    assert torch.autograd.gradcheck(kernels._AdaptedLinear.apply, (x, W, b, A, B))
 
 def test_writing_undoes_what_it_changed_even_after_a_failure():
     model = add_adapters(make(), ("profile",), r=4).bfloat16()
     plain = model.forward
     dressed = lambda *a, **k: plain(*a, **k)
     model._original_forward, model.forward = plain, dressed # as Accelerate does
-    with pytest.raises(KeyError), writing(model, 64):
+    with pytest.raises(KeyError), fast_writing(model, 64):
         assert model.forward == plain and torch.is_inference_mode_enabled()
         raise KeyError
     assert model.__dict__["forward"] is dressed and not torch.is_inference_mode_enabled()
-    assert not [n for n, m in model.named_modules() if n and "forward" in m.__dict__]
+    assert changed(model) == [dressed]
+
+def test_the_switch_turns_every_kernel_off(monkeypatch):
+    monkeypatch.setattr(kernels.sys, "platform", "linux")
+    monkeypatch.setattr(kernels.ctypes, "CDLL", lambda name: pytest.fail("glibc was asked"))
+    model = add_adapters(make(), ("profile",), r=4).bfloat16()
+    z = torch.randn(3, 4096, requires_grad=True)
+    with use_kernels(False):
+        kernels.keep_freed_memory()
+        for way in (kernels.merged_adapter, kernels.direct_adapter, kernels._packed_weights,
+                    partial(fast_writing, tokens=64)):
+            with way(model): assert not changed(model) and not torch.is_inference_mode_enabled()
+        logps, _ = kernels.selective_log_softmax(z, torch.tensor([0]), torch.tensor([5]))
+        assert "SelectiveLogSoftmax" not in type(logps.grad_fn).__name__
+        assert score(make(), monkeypatch)[2] == 0
+    assert score(make(), monkeypatch)[2] == 2

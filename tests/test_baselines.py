@@ -7,12 +7,12 @@ from hypothesis import given, settings, strategies as st
 
 from comam_nb.agents import ExtractionAgent, Note, ProfileAgent, RetrievalAgent, render_notes
 from comam_nb.lm.backbone import prompt_ids
-from comam_nb.systems.amem import AMem, keywords
-from comam_nb.systems.plain import Base, RAG, chunks
+from comam_nb.systems.amem import AMem, _keywords
+from comam_nb.systems.plain import Base, RAG, _chunks
 from comam_nb.systems.cam import CAM
 from comam_nb.systems.mem1 import Mem1, SYSTEMS
-from comam_nb.systems.memorybank import MemoryBank, retention
-from comam_nb.systems.interface import MemorySystem, choose, most, turns
+from comam_nb.systems.memorybank import MemoryBank, _retention
+from comam_nb.systems.interface import MemorySystem, chosen_option, most, turns
 from comam_nb.base.errors import DataError
 from comam_nb.data import Message, Query, Session, example_episode, make_history
 from comam_nb.mdp import Scripted, State
@@ -26,9 +26,11 @@ QUESTION = "What is my favourite drink?"
 @pytest.fixture(scope="module")
 def agents(): return micro_agents(WORLD)
 
-def scripted(facts="A fact. [1]", profile="A line. [1]", answer="<information> [1] </information> <final_answer> tea </final_answer>"):
+def scripted(facts="A fact. [1]", profile="A line. [1]",
+             answer="<information> [1] </information> <final_answer> tea </final_answer>"):
     as_list = lambda x: [x] if isinstance(x, str) else x
-    return {"extraction": ExtractionAgent(Scripted(as_list(facts))), "profile": ProfileAgent(Scripted(as_list(profile))),
+    return {"extraction": ExtractionAgent(Scripted(as_list(facts))),
+            "profile": ProfileAgent(Scripted(as_list(profile))),
             "retrieval": RetrievalAgent(Scripted(as_list(answer)))}
 
 def remember(system, history):
@@ -43,7 +45,9 @@ class Recorder:
 class Table:
     "Texts to given unit vectors; other texts to the zero vector."
     name = "table"
-    def __init__(self, vectors): self.vectors = {t: np.asarray(v, np.float32) / np.linalg.norm(v) for t, v in vectors.items()}; self.dim = len(next(iter(vectors.values())))
+    def __init__(self, vectors):
+        self.vectors = {t: np.asarray(v, np.float32) / np.linalg.norm(v) for t, v in vectors.items()}
+        self.dim = len(next(iter(vectors.values())))
     def __call__(self, texts): return np.stack([self.vectors.get(t, np.zeros(self.dim, np.float32)) for t in texts])
 
 
@@ -58,7 +62,8 @@ def test_runs_in_the_micro_world_and_its_evidence_comes_from_the_history(system,
         assert a.text and a.option is None and set(a.evidence) <= set(m.shown) <= set(m.memory())
         assert all(set(n.cites) <= numbers for n in m.memory()) and all(n.cites for n in a.evidence)
         assert m.left_out == 0 and m.sessions == 2
-        assert e.evidence <= {t for n in m.shown for t in n.cites} or system not in (Base, RAG) # here, the raw text fits as a whole
+        # here, the raw text fits as a whole
+        assert e.evidence <= {t for n in m.shown for t in n.cites} or system not in (Base, RAG)
         assert m.usage.calls >= 1 and m.usage.prompt_tokens > 0 and m.usage.completion_tokens > 0
 
 @each_system
@@ -115,7 +120,8 @@ def test_observing_after_an_answer_goes_on_with_the_same_memory(system):
 def test_systems_are_named_by_their_class():
     assert list(SYSTEMS) == ["base", "rag", "memorybank", "amem", "cam", "mem1"]
     assert all(issubclass(s, MemorySystem) and s.name == n for n, s in SYSTEMS.items())
-    assert all("arXiv" in s.__doc__ and "Without" in s.__doc__ for s in SYSTEMS.values() if s not in (Base, RAG)) # says what it leaves out
+    # says what it leaves out
+    assert all("arXiv" in s.__doc__ and "Without" in s.__doc__ for s in SYSTEMS.values() if s not in (Base, RAG))
 
 def test_a_long_session_is_split_and_every_turn_is_read():
     history = make_history([[("user", f"fact number {i} " + "word " * 20) for i in range(40)]])
@@ -139,7 +145,8 @@ def test_base_reads_the_longest_end_of_the_conversation_that_fits(lengths, conte
     m = remember(Base(agents, context=context), history)
     m.answer(QUESTION)
     [prompt] = agents["retrieval"].policy.prompts
-    shown, words = len(m.shown), lambda n: sum(l + 2 for l in lengths[len(lengths) - n:]) # role and number are words, too
+    # role and number are words, too
+    shown, words = len(m.shown), lambda n: sum(l + 2 for l in lengths[len(lengths) - n:])
     assert [n.cites for n in m.shown] == [(t,) for t in range(len(lengths) - shown + 1, len(lengths) + 1)]
     assert len(prompt.split()) <= context and m.left_out == len(lengths) - shown
     assert shown == len(lengths) or words(shown + 1) > context - 32 # 32: the prompt with this question, counted by hand
@@ -148,25 +155,30 @@ def test_base_reads_the_longest_end_of_the_conversation_that_fits(lengths, conte
 def test_no_prompt_exceeds_the_context_of_a_real_tokenizer(system, agents):
     "Conversations of 700 tokens and more, a model that reads 512."
     policy, n = agents["retrieval"].policy, agents["retrieval"].max_new_tokens
-    history = make_history([[("user", f"I love the {s}"), ("assistant", "Noted")] * 16 for s in ("food sushi", "drink tea", "pet cat", "film drama")])
+    history = make_history([[("user", f"I love the {s}"), ("assistant", "Noted")] * 16 for s in ("food sushi",
+        "drink tea", "pet cat", "film drama")])
     m = remember(system(agents), history)
     m.answer("What is my favourite pet?")
     words = "\n".join(t.text for s in history for t in turns(s))
     assert len(policy.tokenizer(words).input_ids) > 700
     assert len(prompt_ids(policy, render_notes(m.shown))) + n < policy.context_length
-    if system is Base: assert m.left_out > 0 and m.shown[-1].cites == (128,) and len(prompt_ids(policy, render_notes(m.shown))) > 400
+    if system is Base:
+        assert m.left_out > 0 and m.shown[-1].cites == (128,) and len(prompt_ids(policy, render_notes(m.shown))) > 400
 
 def test_an_item_that_does_not_fit_is_an_error_with_a_way_out():
     m = remember(Base(scripted(), context=40), make_history([[("user", "w " * 100)]]))
-    with pytest.raises(DataError, match=r"base: not one memory item fits beside the question \(102 of 8 free\)"): m.answer(QUESTION)
-    with pytest.raises(DataError, match="leaves no room for memory"): remember(Base(scripted(), context=20), example_episode().history).answer(QUESTION)
+    with pytest.raises(DataError, match=r"base: not one memory item fits beside the question \(102 of 8 free\)"):
+        m.answer(QUESTION)
+    with pytest.raises(DataError, match="leaves no room for memory"):
+        remember(Base(scripted(), context=20), example_episode().history).answer(QUESTION)
 
 @given(st.integers(0, 50), st.integers(0, 60))
 def test_most(n, limit): assert most(n, lambda m: m <= limit) == min(n, limit)
 
-def test_choose_by_letter_or_whole_text():
+def test_an_option_is_chosen_by_letter_or_whole_text():
     options = ("Hot tea", "cold tea", "none")
-    assert [choose(x, options) for x in ("(c)", "C", "a)", "B: cold", " hot  TEA. ", "tea", "d", "(d)", "because")] == ["c", "c", "a", "b", "a", None, None, None, None]
+    assert [chosen_option(x, options) for x in ("(c)", "C", "a)", "B: cold", " hot  TEA. ", "tea", "d", "(d)",
+                                                "because")] == ["c", "c", "a", "b", "a", None, None, None, None]
 
 
 # RAG
@@ -175,14 +187,15 @@ def test_choose_by_letter_or_whole_text():
 @given(st.lists(st.integers(1, 25), min_size=1, max_size=15), st.integers(1, 12))
 def test_chunks_keep_every_word_in_order_and_cite_where_it_came_from(lengths, size):
     notes = [Note(" ".join(f"t{t}w{i}" for i in range(n)), (t,)) for t, n in enumerate(lengths, 1)]
-    cut = chunks(notes, lambda text: len(text.split()), size)
+    cut = _chunks(notes, lambda text: len(text.split()), size)
     assert [w for c in cut for w in c.text.split()] == [w for n in notes for w in n.text.split()]
     assert all(len(c.text.split()) <= size for c in cut)
-    assert all({int(w[1:w.index("w")]) for w in c.text.split()} == set(c.cites) and len(set(c.cites)) == len(c.cites) for c in cut)
+    assert all({int(w[1:w.index("w")]) for w in c.text.split()} == set(c.cites) and len(set(c.cites)) == len(c.cites)
+               for c in cut)
 
 def test_rag_chunks_take_their_part_of_a_small_context(agents):
     m = RAG(agents)
-    count, room = m._room("retrieval", State(2, query=Query("?")))
+    count, room = m.calls.room("retrieval", State(2, query=Query("?")))
     assert m.chunk == room * 3 // 4 // 3 and m.chunk * 3 < 512
     assert RAG(agents, chunk=10).chunk == 10
     with pytest.raises(DataError, match="chunk is 0"): RAG(agents, chunk=0)
@@ -200,7 +213,7 @@ def test_rag_agrees_with_brute_force(agents):
 
 def test_forgetting_curve_by_hand():
     for t, S, R in ((0, 1, 1), (1, 1, .36788), (2, 1, .13534), (2, 2, .36788), (1, 5, .81873), (math.log(2), 1, .5)):
-        assert retention(t, S) == pytest.approx(R, abs=1e-5)
+        assert _retention(t, S) == pytest.approx(R, abs=1e-5)
 
 def test_a_fact_that_nobody_asks_for_is_gone_after_twelve_sessions():
     m = MemoryBank(scripted(facts=["The one fact. [1]"] + [""] * 20, profile=""))
@@ -209,7 +222,8 @@ def test_a_fact_that_nobody_asks_for_is_gone_after_twelve_sessions():
     assert left == [1] * 12 + [0] * 2 # e^(-0.2 * 11) = .111, e^(-0.2 * 12) = .091
 
 def test_recall_strengthens_and_starts_the_clock_anew():
-    m = MemoryBank(scripted(facts=["Tea is what I drink. [1]\nA cat is what I have. [1]"] + [""] * 5, profile=""), pace=1.0, k=1)
+    m = MemoryBank(scripted(facts=["Tea is what I drink. [1]\nA cat is what I have. [1]"] + [""] * 5, profile=""),
+                   pace=1.0, k=1)
     sessions = iter(make_history([[("user", "Hello.")]] * 6))
     m.observe(next(sessions)); m.observe(next(sessions)) # R = e^-1 for both
     for _ in range(2): m.answer("what do I drink, tea?")
@@ -236,14 +250,16 @@ def test_links_are_symmetrical_bounded_and_follow_the_threshold(agents):
     assert all(not s.links for s in remember(AMem(agents, near=1.1), e.history).slips)
 
 def test_evolution_reaches_old_neighbours_only():
-    m = remember(AMem(scripted(facts="Drinks coffee at work. [1]\nHas a cat. [1]\nDrinks tea at work. [1]"), k=2), example_episode().history[:1])
+    m = remember(AMem(scripted(facts="Drinks coffee at work. [1]\nHas a cat. [1]\nDrinks tea at work. [1]"), k=2),
+                 example_episode().history[:1])
     assert [s.keywords for s in m.slips] == [("drinks", "coffee", "work", "tea"), ("cat",), ("drinks", "tea", "work")]
     assert [s.links for s in m.slips] == [{2}, set(), {0}]
     m.answer("coffee at work")
     assert [n.text for n in m.shown] == ["Drinks coffee at work.", "Drinks tea at work."]
 
 def test_keywords_are_words_once_without_filler():
-    assert keywords("The user has a cat, and the Cat is called Miso.") == ("cat", "called", "miso") and keywords("") == ()
+    assert _keywords("The user has a cat, and the Cat is called Miso.") == ("cat", "called",
+        "miso") and _keywords("") == ()
 
 
 # CAM
@@ -254,8 +270,10 @@ def clusters(*vectors, **kwargs):
     return remember(m, example_episode().history[:1])
 
 def test_assimilation_and_accommodation_by_hand():
-    assert [c.members for c in clusters((1, 0), (3, 4), (0, 1), near=.61).clusters] == [[0], [1, 2]] # cosines .6 with the first, .8 with the second
-    assert [c.members for c in clusters((1, 0), (3, 4), (0, 1), near=.59).clusters] == [[0, 1], [2]] # the centre is (2, 1)/√5: .447 to the third
+    # cosines .6 with the first, .8 with the second
+    assert [c.members for c in clusters((1, 0), (3, 4), (0, 1), near=.61).clusters] == [[0], [1, 2]]
+    # the centre is (2, 1)/√5: .447 to the third
+    assert [c.members for c in clusters((1, 0), (3, 4), (0, 1), near=.59).clusters] == [[0, 1], [2]]
     assert [c.members for c in clusters((1, 0), (0, 1), (1, 1), near=.7).clusters] == [[0, 2], [1, 2]] # .707 to both
     assert [c.members for c in clusters((1, 0), (0, 1), (1, 1), near=.7, overlap=1).clusters] == [[0, 2], [1]]
 
@@ -272,7 +290,8 @@ def test_prune_and_grow_brings_the_theme_and_nothing_else():
     assert [n.text for n in m.shown] == ["note 0", "note 1", "A line."]
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(*[st.integers(-9, 9)] * 3).filter(any), min_size=1, max_size=8), st.floats(-.9, .99), st.integers(1, 3))
+@given(st.lists(st.tuples(*[st.integers(-9, 9)] * 3).filter(any), min_size=1, max_size=8), st.floats(-.9, .99),
+       st.integers(1, 3))
 def test_every_note_has_a_home_and_at_most_overlap_of_them(vectors, near, overlap):
     m = clusters(*vectors, near=near, overlap=overlap)
     homes = [sum(i in c.members for c in m.clusters) for i in range(len(m.notes))]
@@ -285,11 +304,13 @@ def test_every_note_has_a_home_and_at_most_overlap_of_them(vectors, near, overla
 def test_mem1_holds_one_state_of_constant_size(agents):
     "Ten sessions, a new favourite each: never more lines or tokens than the agent may write at once."
     agent, m = agents["extraction"], Mem1(agents)
-    for s in make_history([[("user", x.content) for x in e.turns if x.role == "user"] for e in make_episodes(WORLD, 10)]):
+    for s in make_history([[("user", x.content) for x in e.turns if x.role == "user"] for e in make_episodes(WORLD,
+        10)]):
         m.observe(s)
         assert len(m.memory()) <= agent.budget
         assert len(agent.policy.tokenizer(" ".join(n.text for n in m.memory())).input_ids) <= agent.max_new_tokens
-    assert {k for k in vars(m) if isinstance(vars(m)[k], (list, tuple)) and vars(m)[k]} == {"state"} # nothing else is kept
+    # nothing else is kept
+    assert {k for k in vars(m) if isinstance(vars(m)[k], (list, tuple)) and vars(m)[k]} == {"state"}
 
 def test_mem1_copies_keep_their_turns_and_an_empty_rewriting_keeps_the_state():
     m = Mem1(scripted(facts=["A. [1]\nB. [1, 2]", "B. [2]\nC. [1, 3]", "no citation", ""]))
@@ -306,7 +327,9 @@ def test_systems_that_share_their_acts_answer_and_cost_the_same():
     from comam_nb.data import example_episode
     asked = []
     class Counting:
-        def complete(self, prompts, **kw): asked.extend(prompts); return ["The favourite drink is tea. [3]"] * len(prompts)
+        def complete(self, prompts, **kw):
+            asked.extend(prompts)
+            return ["The favourite drink is tea. [3]"] * len(prompts)
     agents = example_agents()
     agents["extraction"].policy = Counting()
     acts, alone, e = {}, SYSTEMS["amem"](agents), example_episode()

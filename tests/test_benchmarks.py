@@ -7,7 +7,8 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(p.name for p in FOLDER.glob("*.py"))
 
 def test_there_is_one_for_each_target():
-    assert {"joint_step.py", "growth.py", "adapters_memory.py", "extraction.py", "retrieval.py", "start_up.py"} <= set(SCRIPTS)
+    assert {"joint_step.py", "growth.py", "adapters_memory.py", "extraction.py", "retrieval.py",
+            "start_up.py"} <= set(SCRIPTS)
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help(name):
@@ -28,8 +29,12 @@ def test_growth_finds_its_law():
 def test_growth_counts_what_a_group_costs():
     spec = importlib.util.spec_from_file_location("growth", FOLDER / "growth.py")
     growth = importlib.util.module_from_spec(spec); spec.loader.exec_module(growth)
-    class config: hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, intermediate_size, vocab_size = 4, 3, 2, 1, 5, 7
+    class config:
+        hidden_size, num_hidden_layers, num_attention_heads = 4, 3, 2
+        num_key_value_heads, intermediate_size, vocab_size = 1, 5, 7
     N = 3 * (4*4 + 4*2 + 4*2 + 4*4 + 3 * 4*5) # q, k, v, o and three of the feed-forward
-    assert growth.counted(config, P=0, G=1, new=1) == (2 * (2 * N + 4 * 3 * 4 * .5 + 2 * 4*7), 2 * (N + 4*7 + 2 * 3 * 2 * .5))
+    assert growth.counted(config, P=0, G=1, new=1) == (2 * (2 * N + 4 * 3 * 4 * .5 + 2 * 4*7),
+                                                       2 * (N + 4*7 + 2 * 3 * 2 * .5))
     more = growth.counted(config, P=10, G=2, new=5)
-    assert more[0] == 2 * (2 * N * 20 + 4 * 3 * 4 * (50 + 10 * 12.5) + 2 * 4*7 * 10) and more[1] == 5 * 2 * (N + 28 + 2 * 3 * 2 * (10 + 5))
+    assert more[0] == 2 * (2 * N * 20 + 4 * 3 * 4 * (50 + 10 * 12.5) + 2 * 4*7 * 10)
+    assert more[1] == 5 * 2 * (N + 28 + 2 * 3 * 2 * (10 + 5))

@@ -1,5 +1,5 @@
 "The command line as a user meets it: whole runs, and one clear line with exit code 2 for everything that cannot work."
-import json, os, subprocess, sys
+import json, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,8 @@ def fails(capsys, argv, *words):
 @pytest.fixture
 def chat(tmp_path):
     path = tmp_path / "chat.jsonl"
-    path.write_text(json.dumps([{"role": "user", "content": "I love the drink tea"}, {"role": "assistant", "content": "Noted"}]) + "\n")
+    path.write_text(json.dumps([{"role": "user", "content": "I love the drink tea"},
+                                {"role": "assistant", "content": "Noted"}]) + "\n")
     return path
 
 @pytest.fixture(scope="module")
@@ -42,28 +43,18 @@ def test_train_writes_everything(tmp_path, capsys):
     assert json.loads((out / "config.json").read_text())["credit"] == "adaptive"
     lines = [json.loads(l) for l in (out / "metrics.jsonl").read_text().splitlines()]
     assert [l["step"] for l in lines] == [1, 2]
-    for key in ("r_cons_f", "r_cons_c", "r_ret", "answer_accuracy", "w_extraction", "w_profile", "w_retrieval", "advantage_std_profile", "frac_reward_zero_std", "entropy", "seconds"):
+    for key in ("r_cons_f", "r_cons_c", "r_ret", "answer_accuracy", "w_extraction", "w_profile", "w_retrieval",
+                "advantage_std_profile", "frac_reward_zero_std", "entropy", "seconds"):
         assert key in lines[0], key
     assert abs(sum(lines[0][f"w_{a}"] for a in ("extraction", "profile", "retrieval")) - 1) < 1e-6
     for name in ("rewards.png", "weights.png"): assert (out / name).read_bytes().startswith(b"\x89PNG")
-    for a in ("extraction", "profile", "retrieval"): assert load_file(str(out / "weights" / a / "adapter_model.safetensors"))
+    for a in ("extraction", "profile", "retrieval"):
+        assert load_file(str(out / "weights" / a / "adapter_model.safetensors"))
 
 def test_the_same_seed_gives_the_same_run(tmp_path):
     for name in "ab": main(["train", "--out", str(tmp_path / name), *SMALL, "--seed", "7"])
     a, b = (load_file(str(tmp_path / n / "weights" / "retrieval" / "adapter_model.safetensors")) for n in "ab")
     assert all((a[k] == b[k]).all() for k in a)
-
-def test_resume_ends_where_a_straight_run_ends(tmp_path):
-    base = ["--episodes-per-step", "2", "--group-size", "4", "--eval-episodes", "4", "--save-steps", "1"]
-    main(["train", "--out", str(tmp_path / "a"), "--steps", "3", *base])
-    main(["train", "--out", str(tmp_path / "b"), "--steps", "3", *base])
-    import shutil
-    for f in ("checkpoints/checkpoint-3", "weights"): shutil.rmtree(tmp_path / "b" / f)
-    (tmp_path / "b" / "summary.json").unlink() # as if it had been stopped after step 2
-    assert main(["train", "--out", str(tmp_path / "b"), "--steps", "3", "--resume", *base]) == 0
-    a, b = (load_file(str(tmp_path / n / "weights" / "extraction" / "adapter_model.safetensors")) for n in "ab")
-    assert all(abs(a[k] - b[k]).max() < 1e-6 for k in a)
-    assert [json.loads(l)["step"] for l in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 @pytest.mark.parametrize("policy", ["shared", "separate"])
 def test_policy_modes(tmp_path, policy):
@@ -71,28 +62,33 @@ def test_policy_modes(tmp_path, policy):
     assert list((tmp_path / "run" / "weights").rglob("*.safetensors"))
 
 def test_own_model_on_a_chat_log(tmp_path, chat, tiny, capsys):
-    assert main(["train", "--backbone", tiny, "--data", f"chat:{chat}", "--steps", "1", "--group-size", "2", "--max-new-tokens", "12", "--eval-episodes", "1", "--out", str(tmp_path / "run")]) == 0
-    assert main(["answer", "--backbone", tiny, "--history", str(chat), "--query", "What is my favourite drink?", "--max-new-tokens", "12",
+    assert main(["train", "--backbone", tiny, "--data", f"chat:{chat}", "--steps", "1", "--group-size", "2",
+                 "--max-new-tokens", "12", "--eval-episodes", "1", "--out", str(tmp_path / "run")]) == 0
+    assert main(["answer", "--backbone", tiny, "--history", str(chat), "--query", "What is my favourite drink?",
+                 "--max-new-tokens", "12",
                  "--adapters", str(tmp_path / "run" / "weights"), "--memory", str(tmp_path / "memory.db")]) == 0
     out = capsys.readouterr().out
-    for words in ("fine-grained memory", "coarse-grained memory", "retrieved", "answer:", "tokens read"): assert words in out
+    for words in ("fine-grained memory", "coarse-grained memory", "retrieved", "answer:", "tokens read"):
+        assert words in out
     assert (tmp_path / "memory.db").exists()
 
 def test_a_judge_on_the_base_leaves_every_adapter_to_the_optimizer(tmp_path, chat, tiny):
     "Scores before training put rubric questions to the base; PEFT then leaves only the active adapter trainable."
-    from comam_nb.cli.comam import _fill_defaults, parser
-    from comam_nb.cli.train import build_team, joint_config
+    from comam_nb.cli.comam import parser
+    from comam_nb.cli.train import _build_team, _fill_defaults, _joint_config
     from comam_nb.rl.evaluation import evaluate
     from comam_nb.training import CoMAMTrainer
-    args = parser().parse_args(["train", "--backbone", tiny, "--data", f"chat:{chat}", "--steps", "1", "--group-size", "2", "--max-new-tokens", "12", "--eval-episodes", "1"])
+    args = parser().parse_args(["train", "--backbone", tiny, "--data", f"chat:{chat}", "--steps", "1", "--group-size",
+                                "2", "--max-new-tokens", "12", "--eval-episodes", "1"])
     _fill_defaults(args)
-    agents, train_set, held_out, rewards = build_team(args)
-    trainer = CoMAMTrainer(agents, train_set, rewards, joint_config(args, tmp_path))
+    agents, train_set, held_out, rewards = _build_team(args)
+    trainer = CoMAMTrainer(agents, train_set, rewards, _joint_config(args, tmp_path))
     for a in agents.values(): # somebody must write a valid line, or the judge is not asked
         a.parse = lambda text, state, name=a.name: Action((Note("a line", (1,)),), frozenset({1}), "tea")
     evaluate(agents, held_out, rewards)
     chosen = {id(p) for group in trainer.create_optimizer().param_groups for p in group["params"]}
-    assert {k for k, p in trainer.model.named_parameters() if id(p) in chosen} == {k for k, p in trainer.model.named_parameters() if ".lora_" in k}
+    assert {k for k, p in trainer.model.named_parameters() if id(p) in chosen} == {k for k,
+        p in trainer.model.named_parameters() if ".lora_" in k}
 
 def test_bad_input(tmp_path, chat, tiny, capsys):
     full = tmp_path / "full"; full.mkdir(); (full / "x").touch()
@@ -126,15 +122,20 @@ def test_bad_input(tmp_path, chat, tiny, capsys):
 def test_a_history_longer_than_the_context_is_split_and_nothing_is_lost(tmp_path, tiny, capsys):
     "The tiny model reads 512 tokens; this session has about 900."
     path = tmp_path / "long.jsonl"
-    path.write_text(json.dumps([{"role": "user", "content": "I love the drink tea and the food ramen and the music jazz"} for _ in range(60)]))
-    assert main(["answer", "--backbone", tiny, "--history", str(path), "--query", "What is my favourite drink?", "--max-new-tokens", "8"]) == 0
+    path.write_text(json.dumps([{"role": "user",
+                                 "content": "I love the drink tea and the food ramen and the music jazz"}
+                                for _ in range(60)]))
+    assert main(["answer", "--backbone", tiny, "--history", str(path), "--query", "What is my favourite drink?",
+                 "--max-new-tokens", "8"]) == 0
     assert "session 1 of 1: 60 turns in 3 pieces" in capsys.readouterr().out
     long = tmp_path / "huge.jsonl"
     long.write_text(json.dumps([{"role": "user", "content": "tea " * 3000}]))
     fails(capsys, ["answer", "--backbone", tiny, "--history", str(long), "--query", "?"], "turn 1", "longer context")
 
 def test_help_needs_no_torch():
-    code = "import sys; from comam_nb.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    code = ("import sys; from comam_nb.cli.comam import main\n"
+            "try: main(['--help'])\nexcept SystemExit: pass\n"
+            "assert 'torch' not in sys.modules and 'transformers' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 def test_eval_compares_systems_and_goes_on_where_it_was(tmp_path, capsys):
@@ -143,7 +144,8 @@ def test_eval_compares_systems_and_goes_on_where_it_was(tmp_path, capsys):
     assert main(["eval", *argv, "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert (out / "report.md").read_text() in text
-    for row in ("| rag |", "| comam |", "| dont_know |", "| question_lm |", "## Cost for each question"): assert row in text, row
+    for row in ("| rag |", "| comam |", "| dont_know |", "| question_lm |", "## Cost for each question"):
+        assert row in text, row
     before = {p.name: p.read_bytes() for p in out.glob("*.jsonl")}
     assert main(["eval", *argv, "--out", str(out)]) == 0
     assert before == {p.name: p.read_bytes() for p in out.glob("*.jsonl")}
@@ -151,8 +153,10 @@ def test_eval_compares_systems_and_goes_on_where_it_was(tmp_path, capsys):
 
 def test_eval_on_a_chat_log_with_an_own_model(tmp_path, tiny, capsys):
     path = tmp_path / "chat.jsonl"
-    path.write_text("\n".join(json.dumps({"role": "user", "content": f"I love the drink {x}"}) for x in ("tea", "cola")) + "\n")
-    assert main(["eval", "--backbone", tiny, "--data", f"chat:{path}", "--system", "base", "mem1", "--max-new-tokens", "12", "--out", str(tmp_path / "eval")]) == 0
+    path.write_text("\n".join(json.dumps({"role": "user", "content": f"I love the drink {x}"}) for x in ("tea",
+        "cola")) + "\n")
+    assert main(["eval", "--backbone", tiny, "--data", f"chat:{path}", "--system", "base", "mem1", "--max-new-tokens",
+                 "12", "--out", str(tmp_path / "eval")]) == 0
     assert "| mem1 |" in capsys.readouterr().out
 
 def test_eval_bad_input(tmp_path, tiny, chat, capsys):
@@ -164,6 +168,7 @@ def test_eval_bad_input(tmp_path, tiny, chat, capsys):
     fails(capsys, ["eval", "--system", "rag", "--data", f"chat:{chat}", *out], "--backbone")
     fails(capsys, ["eval", "--system", "rag", "--backbone", tiny, *out], "--backbone goes with other --data")
     fails(capsys, ["eval", "--system", "rag", "--data", "tweets:x", "--backbone", tiny, *out], "unknown data")
-    fails(capsys, ["eval", "--system", "rag", "--data", f"chat:{chat}", "--backbone", tiny, "--user", "nobody", *out], "no question with a right answer")
+    fails(capsys, ["eval", "--system", "rag", "--data", f"chat:{chat}", "--backbone", tiny, "--user", "nobody", *out],
+          "no question with a right answer")
     fails(capsys, ["eval", "--system", str(tmp_path), *out], "no such file")
     assert not (tmp_path / "new").exists()

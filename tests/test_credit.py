@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from comam_nb.base.errors import CreditError
-from comam_nb.credit import RULES, SCHEMES, assign, credit_weights, fixed, integrate, ndcg_consistency, rescaled_consistency
+from comam_nb.credit import assign, credit_weights, fixed, integrate, ndcg_consistency, rescaled_consistency
 from comam_nb.grpo import group_advantages
 
 LOCAL = [[1, .9, 7/15, 0], [.9, .6, .3, 0], [.5, 1, .5, 0]]     # the example episode's four rollouts
@@ -40,18 +40,21 @@ def test_equals_sklearn(group):
     ndcg_score = pytest.importorskip("sklearn.metrics").ndcg_score
     local, glob = group
     if glob.max() > glob.min():
-        close(ndcg_consistency(local, glob), torch.tensor([ndcg_score([glob.numpy()], [r.numpy()]) for r in local], dtype=torch.float64))
+        close(ndcg_consistency(local, glob), torch.tensor([ndcg_score([glob.numpy()], [r.numpy()]) for r in local],
+                                                          dtype=torch.float64))
 
 
 @settings(max_examples=100, deadline=None)
-@given(groups(glob=st.one_of(level, st.just(-1.))), st.randoms(use_true_random=False), st.booleans(), st.sampled_from([.1, 1., 3.]))
+@given(groups(glob=st.one_of(level, st.just(-1.))), st.randoms(use_true_random=False), st.booleans(),
+       st.sampled_from([.1, 1., 3.]))
 def test_invariances(group, random, rescale, tau):
     local, glob = group
     w = credit_weights(local, glob, temperature=tau, rescale=rescale)
     assert w.isfinite().all() and w.sum().item() == pytest.approx(1)
     order = list(range(glob.numel())); random.shuffle(order)
     close(credit_weights(local[:, order], glob[order], temperature=tau, rescale=rescale), w)     # order of rollouts
-    for f in (torch.exp, lambda x: 3*x - 7, lambda x: x**3):                                     # monotone maps of local
+    # monotone maps of local
+    for f in (torch.exp, lambda x: 3*x - 7, lambda x: x**3):
         close(credit_weights(f(local), glob, temperature=tau, rescale=rescale), w)
     close(credit_weights(local, glob*5, temperature=tau, rescale=rescale), w)                    # scale of global
     agents = list(range(len(local))); random.shuffle(agents)
@@ -64,10 +67,12 @@ def test_all_equal_groups_have_no_nan(group, value):
     local, _ = group
     glob = torch.full(local.shape[1:], value)
     for rescale in (False, True):
-        close(credit_weights(local, glob, rescale=rescale), torch.full((len(local),), 1/len(local), dtype=torch.float64))
-    for scheme in SCHEMES:
+        close(credit_weights(local, glob, rescale=rescale), torch.full((len(local),), 1/len(local),
+            dtype=torch.float64))
+    for scheme in ("adaptive", "equal", "local", "global"):
         c = assign(local*0, glob, scheme)
-        assert c.rewards.isfinite().all() and group_advantages(c.rewards).abs().max() < 1e-9 # the mean of equal numbers may round
+        # the mean of equal numbers may round
+        assert c.rewards.isfinite().all() and group_advantages(c.rewards).abs().max() < 1e-9
 
 
 def test_rounding_is_not_a_ranking():
@@ -96,7 +101,8 @@ def test_advantages_equal_trl():
     nanstd = pytest.importorskip("trl.trainer.utils").nanstd
     rewards = assign(torch.rand(5, 3, 8), (torch.rand(5, 8) < .5).float()).rewards.float().reshape(-1)
     grouped = rewards.view(-1, 8)      # as in GRPOTrainer._generate_and_score_completions, scale_rewards="group"
-    trl = (rewards - torch.nanmean(grouped, dim=1).repeat_interleave(8)) / (nanstd(grouped, dim=1).repeat_interleave(8) + 1e-4)
+    trl = (rewards - torch.nanmean(grouped, dim=1).repeat_interleave(8)) / (nanstd(grouped, dim=1).repeat_interleave(8)
+        + 1e-4)
     ours = group_advantages(grouped)
     assert ours.dtype == torch.float32
     close(ours.reshape(-1), trl, atol=1e-6, rtol=1e-6)
@@ -105,11 +111,12 @@ def test_advantages_equal_trl():
 
 def test_batch_is_one_at_a_time():
     local, glob = torch.rand(6, 3, 4), (torch.rand(6, 4) < .5).float()
-    for scheme in (*SCHEMES, fixed([.1, .2, .7]), lambda l, g: l.mean(-1)):
-        for rule in RULES:
+    for scheme in ("adaptive", "equal", "local", "global", fixed([.1, .2, .7]), lambda l, g: l.mean(-1)):
+        for rule in ("eq15", "alg1", "local", "global"):
             got = assign(local, glob, scheme, rule=rule)
             want = [assign(l, g, scheme, rule=rule) for l, g in zip(local, glob)]
-            close(got.rewards, torch.stack([c.rewards for c in want])); close(got.weights, torch.stack([c.weights for c in want]))
+            close(got.rewards, torch.stack([c.rewards for c in want]))
+            close(got.weights, torch.stack([c.weights for c in want]))
 
 
 def test_ablations():

@@ -8,23 +8,26 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-STEPS = ["--steps", "3", "--episodes-per-step", "4", "--group-size", "4", "--eval-episodes", "4", "--sampling", "per_group", "--device", "cpu"]
+STEPS = ["--steps", "3", "--episodes-per-step", "4", "--group-size", "4", "--eval-episodes", "4", "--sampling",
+         "per_group", "--device", "cpu"]
 
 # What a user starts is `comam`. This is `comam`, once with AdamW, then with plain SGD and priorities, and with faults on demand.
 PROGRAM = '''
 import os, signal, sys, time
 from transformers import Trainer, TrainerState
-from comam_nb import cli, training
+from comam_nb import training
+from comam_nb.rl.sampler import PrioritySampler
 
-config, rollout = cli.joint_config, training.CoMAMTrainer._rollout
-def joint_config(args, out):
-    settings = config(args, out)
-    settings.optim = os.environ.get("OPTIM", settings.optim)
-    return settings
-def rollout_or_die(self, labels, trainer):
-    if os.environ.get("DIES") == f"{self.accelerator.process_index}" and self.state.global_step == 2: os.kill(os.getpid(), signal.SIGKILL)
-    return rollout(self, labels, trainer)
-cli.joint_config, training.CoMAMTrainer._rollout = joint_config, rollout_or_die
+class Faulty(training.CoMAMTrainer):
+    def __init__(self, team, episodes, rewards, args, **kwargs):
+        args.optim = os.environ.get("OPTIM", args.optim)
+        if os.environ.get("PRIORITIES"): kwargs["sampler"] = PrioritySampler(len(episodes))
+        super().__init__(team, episodes, rewards, args, **kwargs)
+    def _rollout(self, labels, trainer):
+        if os.environ.get("DIES") == f"{self.accelerator.process_index}" and self.state.global_step == 2: os.kill(os.getpid(), signal.SIGKILL)
+        return super()._rollout(labels, trainer)
+training.CoMAMTrainer = Faulty
+from comam_nb.cli.comam import main
 
 write, save = TrainerState.save_to_json, Trainer._save_rng_state
 def write_slowly(self, path): # the first process is at a checkpoint's last file while the second would be in the next step
@@ -45,27 +48,30 @@ if os.environ.get("FSDP_ON_CPU"): # Accelerate shares weights out on accelerator
     PartialState.__init__ = as_if_on_cards
 
 out, *argv = sys.argv[1:]
-code = cli.main(["train", "--out", f"{out}/adamw", *argv])
+code = main(["train", "--out", f"{out}/adamw", *argv])
 if code == 0 and os.environ.get("SGD"):
-    os.environ["OPTIM"] = "sgd"
-    class Prioritised(training.CoMAMTrainer):
-        def __init__(self, agents, episodes, *args, **kwargs): super().__init__(agents, episodes, *args, sampler=training.PrioritySampler(len(episodes)), **kwargs)
-    training.CoMAMTrainer = Prioritised
-    code = cli.main(["train", "--out", f"{out}/sgd", *argv, "--lr", "1"])
+    os.environ.update(OPTIM="sgd", PRIORITIES="1")
+    code = main(["train", "--out", f"{out}/sgd", *argv, "--lr", "1"])
 sys.exit(code)
 '''
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
     "launch(out, processes, *argv, config=…, **env): the finished process. A run that hangs is killed after four minutes; gloo would wait for thirty."
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available(): pytest.skip("this PyTorch has no gloo, with which processes on a CPU talk to each other")
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this PyTorch has no gloo, with which processes on a CPU talk to each other")
     program = tmp_path_factory.mktemp("program") / "program.py"
     program.write_text(PROGRAM)
     def run(out, processes, *argv, config="cpu_2", **env):
-        start = [] if processes == 1 else ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / f"{config}.yaml"), "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
-        clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") and not k.startswith("ACCELERATE_")}
-        clean.update(env, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        with subprocess.Popen([sys.executable, *start, str(program), str(out), *STEPS, *argv], env=clean, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as p:
+        start = [] if processes == 1 else ["-m", "accelerate.commands.launch", "--config_file",
+                                           str(ROOT / "configs" / f"{config}.yaml"), "--num_processes", str(processes),
+                                           "--num_machines", "1", "--main_process_port", "0"]
+        clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR",
+            "MASTER_PORT") and not k.startswith("ACCELERATE_")}
+        clean.update(env, OMP_NUM_THREADS="1",
+                     PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        with subprocess.Popen([sys.executable, *start, str(program), str(out), *STEPS, *argv], env=clean,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as p:
             try: said, errors = p.communicate(timeout=240)
             except subprocess.TimeoutExpired: os.killpg(p.pid, signal.SIGKILL); raise # the launcher's children too
         return subprocess.CompletedProcess(p.args, p.returncode, said, errors)
@@ -79,15 +85,19 @@ def alone(launch, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     return out
 
-def weights(run): return {f"{f.parent.name}.{k}": v for f in sorted((run / "weights").rglob("*.safetensors")) for k, v in load_file(f).items()}
+def weights(run):
+    return {f"{f.parent.name}.{k}": v for f in sorted((run / "weights").rglob("*.safetensors")) for k,
+            v in load_file(f).items()}
 def log(run): return [json.loads(l) for l in (run / "metrics.jsonl").read_text().splitlines()]
 
 def assert_same_log(a, b):
     "Every number of every step: losses, gradients' norms, rewards, shares, lengths, entropies."
     assert [l["step"] for l in log(a)] == [l["step"] for l in log(b)] == [1, 2, 3]
     for x, y in zip(log(a), log(b)):
-        assert x.keys() == y.keys() and {"loss", "grad_norm", "w_profile", "r_ret", "advantage_std_extraction", "malformed_retrieval", "cut_off"} <= x.keys()
-        for k in x.keys() - {"seconds", "step_time"}: assert y[k] == pytest.approx(x[k], rel=1e-5, abs=1e-5), (x["step"], k)
+        assert x.keys() == y.keys() and {"loss", "grad_norm", "w_profile", "r_ret", "advantage_std_extraction",
+                                         "malformed_retrieval", "cut_off"} <= x.keys()
+        for k in x.keys() - {"seconds", "step_time"}:
+            assert y[k] == pytest.approx(x[k], rel=1e-5, abs=1e-5), (x["step"], k)
 
 def assert_same_weights(a, b):
     "AdamW divides a gradient by its own size, so an entry whose gradient is all rounding moves as far as any other: a handful may differ."
@@ -113,7 +123,9 @@ def test_a_killed_process_ends_the_run_and_the_run_goes_on(launch, alone, tmp_pa
     done = launch(tmp_path, 2, "--save-steps", "1", DIES=dies)
     assert done.returncode != 0
     [line] = [l for l in done.stderr.splitlines() if "comam: " in l]
-    for words in (f"process {1 - int(dies[0])} of 2 stops in step 3", "another process", f"checkpoint-{last}", "--resume"): assert words in line, line
+    for words in (f"process {1 - int(dies[0])} of 2 stops in step 3", "another process", f"checkpoint-{last}",
+                  "--resume"):
+        assert words in line, line
     assert "SIGKILL" in done.stderr # the launcher says which process it was
     if dies == "0": return
     shutil.copytree(tmp_path / "adamw", tmp_path / "fewer" / "adamw")
@@ -135,7 +147,7 @@ def test_a_run_with_shared_out_weights_is_not_resumed_wrongly(launch, tmp_path):
     "Accelerate's checkpoint holds the active adapter only: going on from it would be another run."
     done = launch(tmp_path, 2, "--steps", "1", "--save-steps", "1", config="multinode_fsdp", FSDP_ON_CPU="1")
     assert done.returncode == 0, done.stderr
-    done = launch(tmp_path, 2, "--resume", config="multinode_fsdp", FSDP_ON_CPU="1")
+    done = launch(tmp_path, 2, "--steps", "1", "--resume", config="multinode_fsdp", FSDP_ON_CPU="1")
     assert done.returncode != 0 and "comam: " in done.stderr and "cannot be resumed" in done.stderr
 
 def test_bad_input_is_one_line(launch, tmp_path):
@@ -148,7 +160,8 @@ def test_configs_are_what_accelerate_reads():
     "Parsed by Accelerate itself; the head of each says how to start it, what was run and what was not."
     from accelerate.commands.config.config_args import load_config_from_file
     read = {p.stem: load_config_from_file(str(p)) for p in CONFIGS}
-    assert {n: c.num_processes for n, c in read.items()} == {"cpu_2": 2, "gpu_1": 1, "gpu_2": 2, "gpu_8": 8, "multinode_fsdp": 16, "deepspeed_zero2": 8}
+    assert {n: c.num_processes for n, c in read.items()} == {"cpu_2": 2, "gpu_1": 1, "gpu_2": 2, "gpu_8": 8,
+        "multinode_fsdp": 16, "deepspeed_zero2": 8}
     assert read["multinode_fsdp"].num_machines == 2 and read["multinode_fsdp"].fsdp_config["fsdp_version"] == 2
     assert read["deepspeed_zero2"].deepspeed_config["zero_stage"] == 2
     table = (ROOT / "configs" / "README.md").read_text()

@@ -1,64 +1,41 @@
-"Intervals, tables and plots of the evaluation notebook: invariants and numbers from other libraries."
+"Evaluating a team, and the plots of its runs."
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
-from scipy.stats import t as student
+import torch
 
 from comam_nb.base.errors import DataError
-from comam_nb.studies.plots import EVENTS, plot_bands, plot_heat, plot_timeline
-from comam_nb.base.statistics import bootstrap, comparison_table, mean_band, paired, t_quantile
+from comam_nb.base.statistics import bootstrap
+from comam_nb.data import example_episode
+from comam_nb.mdp import AGENTS, example_agents
+from comam_nb.rl.evaluation import before_after, evaluate, summarize
+from comam_nb.studies.plots import (line_look, plot_bands, plot_heat, plot_rewards, plot_timeline, plot_weights,
+                                    read_metrics)
+
+NAMES = ["answer_accuracy", "r_cons_f", "r_cons_c", "r_ret"]
 
 
-def test_clusters_of_one_change_nothing_and_copies_add_nothing():
-    values = np.random.default_rng(0).random(40)
-    assert bootstrap(values, clusters=np.arange(40)) == bootstrap(values)
-    once = bootstrap(values)
-    thrice = bootstrap(np.repeat(values, 3), clusters=np.repeat(np.arange(40), 3))
-    assert np.allclose([once.mean, once.low, once.high], [thrice.mean, thrice.low, thrice.high])
+def rewards(groups):
+    local = [[[i + float(t[a].action.malformed == 0) for t in g] for i, a in enumerate(AGENTS)] for g in groups]
+    return torch.tensor(local), torch.tensor([[float(t.final.answer == t.episode.answer) for t in g] for g in groups])
 
 
-def test_unequal_clusters_keep_the_mean_of_the_data():
-    interval = bootstrap([1, 1, 1, 0], clusters=["ana", "ana", "ana", "ben"]) # draws: only ana 1, only ben 0, both .75
-    assert (interval.mean, interval.low, interval.high) == (.75, 0, 1)
+def test_each_metric_is_its_own_and_the_random_state_stays():
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    scores = evaluate(example_agents(), [example_episode()] * 4, rewards)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert list(scores) == NAMES and scores["answer_accuracy"].tolist() == [1, 1, 0, 0]
+    assert scores["r_cons_f"].tolist() == [1, 1, 1, 0]
+    for i, name in enumerate(NAMES[1:]): assert ((i <= scores[name]) & (scores[name] <= i + 1)).all()
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 3)), min_size=1, max_size=40))
-def test_paired_turns_its_sign_with_the_order(rows):
-    a, b, users = zip(*rows)
-    x, y = paired(a, b, users), paired(b, a, users)
-    assert np.allclose([x.mean, x.low, x.high], [-y.mean, -y.high, -y.low])
-    assert x.low <= x.mean + 1e-9 and x.mean <= x.high + 1e-9
-
-
-def test_paired_sees_what_two_intervals_do_not():
-    b = np.array([1] * 60 + [0] * 40); a = b.copy(); a[60:70] = 1
-    assert bootstrap(a).low < bootstrap(b).high and paired(a, b).low > 0
-
-
-def test_lengths_must_fit():
-    with pytest.raises(DataError, match="same episodes"): paired([1, 0], [1])
-    with pytest.raises(DataError, match="one label for each value"): bootstrap([1, 0], clusters=["ana"])
-    with pytest.raises(DataError, match="no row 'c'"): comparison_table({"a": [1]}, "c")
-
-
-def test_comparison_table_by_hand():
-    table = comparison_table({"a": np.ones(50), "b": np.zeros(50)}, "b").splitlines()
-    assert table[2] == "| a | 1.000 | 1.000 to 1.000 | +1.000 [+1.000, +1.000] * |"
-    assert table[3] == "| b | 0.000 | 0.000 to 0.000 | – |"
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 4, 9, 10, 11, 15, 30, 200])
-def test_t_is_scipys(freedom): assert t_quantile(freedom) == pytest.approx(student.ppf(.975, freedom), abs=1e-3)
-
-
-def test_mean_band_is_scipys_interval():
-    values = np.random.default_rng(0).random((5, 7))
-    mean, half = mean_band(values)
-    low, high = student.interval(.95, 4, loc=values.mean(0), scale=values.std(0, ddof=1) / 5 ** .5)
-    assert np.allclose(mean - half, low, atol=1e-3) and np.allclose(mean + half, high, atol=1e-3)
-    mean, half = mean_band(values[:1])
-    assert np.allclose(mean, values[0]) and np.isnan(half).all()
+def test_before_and_after_is_a_paired_comparison():
+    before = {n: np.array([0., 1, 0, 1]) for n in NAMES}
+    after = before | {"r_ret": np.array([1., 1, 0, 1])}
+    lines = before_after(before, after).splitlines()
+    assert [l.split()[0] for l in lines[1:]] == NAMES and lines[1].endswith("0.000 [0.000, 0.000]")
+    assert lines[4].endswith(str(bootstrap([1, 0, 0, 0])))
+    assert summarize(after)["r_ret"] == {"mean": .75, "low": .25, "high": 1.0}
 
 
 def test_plots_draw_what_they_are_given():
@@ -70,12 +47,40 @@ def test_plots_draw_what_they_are_given():
     ax = plot_heat([[0, 2], [1, np.nan]], ["a", "b"], ["c", "d"])
     assert sorted(t.get_text() for t in ax.texts) == ["0", "1", "2"]
     plot_heat(np.zeros((1, 1)), ["a"], ["b"])
-    ax = plot_timeline([(1, "stored", "x" * 60), (2, "superseded", "x" * 60), (3, "used", "y")])
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["x" * 47 + "…", "y"]
     plt.close("all")
+
+
+def test_a_timeline_is_held_from_stored_to_gone():
+    import matplotlib.pyplot as plt
+    long = "x" * 60
+    ax = plot_timeline([(1, "stored", long), (2, "superseded", long), (4, "stored", long), (3, "used", "y"),
+                        (5, "stored", "z")])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["x" * 47 + "…", "y", "z"]
+    assert [list(l.get_xdata()) for l in ax.lines] == [[1, 2], [4, 5.5], [5, 5.5]]
+    plt.close("all")
+
+
+def test_lines_look_different():
+    looks = [tuple(line_look(i).values()) for i in range(8)]
+    assert len(set(looks)) == 8 and line_look(8) == line_look(0)
 
 
 def test_plots_refuse_what_they_cannot_draw():
     with pytest.raises(DataError, match=r"shape \(1, 2\)"): plot_heat([[1, 2]], ["a"], ["b"])
-    with pytest.raises(DataError, match="unknown event 'lost'"): plot_timeline([(1, "lost", "x")])
-    assert set(EVENTS) == {"stored", "superseded", "forgotten", "used"}
+    with pytest.raises(DataError, match="unknown event 'lost'.*stored, superseded, forgotten, used"):
+        plot_timeline([(1, "lost", "x")])
+
+
+def test_a_runs_log_is_drawn_and_a_broken_line_named(tmp_path):
+    import json
+    import matplotlib.pyplot as plt
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(
+        {"step": i, **{n: i / 12 for n in NAMES}, **{f"w_{a}": 1 / 3 for a in AGENTS}}) + "\n" for i in range(1, 13)))
+    metrics = read_metrics(tmp_path / "m.jsonl")
+    ax = plot_rewards(metrics)
+    means_of_ten = [5.5 / 12, 6.5 / 12, 7.5 / 12]
+    assert len(ax.lines) == 8 and np.allclose(ax.lines[7].get_ydata(), means_of_ten)
+    assert len(plot_weights(metrics).lines) == 7
+    (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"step"')
+    with pytest.raises(DataError, match="line 2"): read_metrics(tmp_path / "m.jsonl")
+    plt.close("all")

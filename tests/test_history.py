@@ -1,10 +1,10 @@
 "A long history observed side by side leaves the memory that it leaves session by session."
-import copy, random
+import random
 import pytest, torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from comam_nb.agents import FEW_SHOT, ExtractionAgent, act
+from comam_nb.agents import PROMPTS, ExtractionAgent, act
 from comam_nb.memory import Assistant
 from comam_nb.lm.backbone import Backbone, load_backbone, prompt_ids
 from comam_nb.base.errors import BackboneError
@@ -14,28 +14,35 @@ from comam_nb.systems.comam import CoMAMSystem
 from comam_nb.base.errors import DataError
 from comam_nb.data import Message, Session
 from comam_nb.mdp import State
-from comam_nb.systems.memory_r1 import MEMORY_WORLD, MemoryR1, memory_r1_agents
+from comam_nb.systems.memory_r1 import MemoryR1, memory_r1_agents
 from comam_nb.microworld import MicroWorld, make_episodes
 from comam_nb.worlds.warm_start import micro_agents
-from comam_nb.lm.decoding import sample_each, sample_group, write_many
+from comam_nb.lm.decoding import _write_many as write_many, sample_each, sample_group
 
 WORDS = "the cat drinks tea . yes no ?".split()
+SIZE = dict(vocab_size=11, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=512, eos_token_id=1, pad_token_id=0, bos_token_id=None)
 
 def nonsense(seed=0, **config):
     "A model with random weights, whose texts end where they like."
     torch.manual_seed(seed)
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}, unk_token="<unk>"))
+    ids = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left")
-    settings = dict(vocab_size=11, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5,
-                    max_position_embeddings=512, eos_token_id=1, pad_token_id=0, bos_token_id=None)
+    words = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+                                    padding_side="left")
+    settings = SIZE | dict(initializer_range=0.5)
     return Backbone(LlamaForCausalLM(LlamaConfig(**settings | config)).eval(), words, (), "nonsense")
 
 def some_prompts(n, seed=0, common=8, longest=60):
     rng = random.Random(seed)
-    return [" ".join(["the cat . yes"] * (common // 4) + rng.choices(WORDS, k=rng.randint(1, longest))) for _ in range(n)]
+    head = ["the cat . yes"] * (common // 4)
+    return [" ".join(head + rng.choices(WORDS, k=rng.randint(1, longest))) for _ in range(n)]
 
-def one_by_one(backbone, prompts, T): return [sample_group(backbone, [p], temperature=0.0, max_new_tokens=T)[0][0].ids for p in prompts]
+def one_by_one(backbone, prompts, T, **kwargs):
+    return [sample_group(backbone, [p], temperature=0.0, max_new_tokens=T, **kwargs)[0][0].ids for p in prompts]
+
+def all_rows(backbone, prompts): return [prompt_ids(backbone, p) for p in prompts]
 
 
 @pytest.mark.parametrize("slots", [1, 3, 50])
@@ -44,7 +51,8 @@ def one_by_one(backbone, prompts, T): return [sample_group(backbone, [p], temper
 def test_every_token_is_that_of_one_prompt_alone(slots, room, common):
     backbone, prompts = nonsense(0), some_prompts(14, common, common)
     want = one_by_one(backbone, prompts, 30)
-    assert len({len(w) for w in want}) > 2 and write_many(backbone, [prompt_ids(backbone, p) for p in prompts], 30, slots, room) == want
+    assert len({len(w) for w in want}) > 2
+    assert write_many(backbone, all_rows(backbone, prompts), 30, slots, room) == want
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -52,12 +60,12 @@ def test_other_weights_and_a_stop_text(seed):
     backbone = nonsense(seed)
     backbone.stop = "tea"
     prompts = some_prompts(9, seed)
-    assert write_many(backbone, [prompt_ids(backbone, p) for p in prompts], 25, 4, 6) == one_by_one(backbone, prompts, 25)
+    assert write_many(backbone, all_rows(backbone, prompts), 25, 4, 6) == one_by_one(backbone, prompts, 25)
 
 
 def test_equal_prompts_one_prompt_and_one_token():
     backbone, prompts = nonsense(), some_prompts(1) * 5
-    rows = [prompt_ids(backbone, p) for p in prompts]
+    rows = all_rows(backbone, prompts)
     want = one_by_one(backbone, prompts[:1], 20)
     assert write_many(backbone, rows, 20, 2) == want * 5 and write_many(backbone, rows[:1], 20) == want
     assert write_many(backbone, rows, 1, 2) == [want[0][:1]] * 5
@@ -73,30 +81,31 @@ def test_adapters_are_folded_in_and_the_model_is_left_as_it_was():
     backbone.model.train()
     prompts = some_prompts(6)
     for name in "ab":
-        want = [sample_group(backbone, [p], adapter=name, temperature=0.0, max_new_tokens=20)[0][0].ids for p in prompts]
+        want = one_by_one(backbone, prompts, 20, adapter=name)
         assert [g[0].ids for g in sample_each(backbone, prompts, name, 20, 4, long=0)] == want
     assert backbone.model.training and all(torch.equal(p, before[n]) for n, p in backbone.model.named_parameters())
 
 
 def test_what_this_way_does_not_serve_goes_the_other_way():
     backbone, prompts = nonsense(), some_prompts(3)
-    assert sample_each(backbone, prompts, None, 20) is None and sample_each(backbone, prompts[:1], None, 20, long=0) is None
+    assert sample_each(backbone, prompts, None, 20) is None
+    assert sample_each(backbone, prompts[:1], None, 20, long=0) is None
     from transformers import MistralConfig, MistralForCausalLM
     window = nonsense()
     torch.manual_seed(0)
-    window.model = MistralForCausalLM(MistralConfig(vocab_size=11, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=8,
-                                                    max_position_embeddings=512, eos_token_id=1, pad_token_id=0, bos_token_id=None)).eval()
-    assert write_many(window, [prompt_ids(window, p) for p in prompts], 20) is None # a cache of another kind
+    window.model = MistralForCausalLM(MistralConfig(**SIZE, sliding_window=8)).eval()
+    assert write_many(window, all_rows(window, prompts), 20) is None # a cache of another kind
     with pytest.raises(BackboneError): sample_each(backbone, ["the " * 600, "cat"], None, 20, long=0)
 
 
-# ---- memories -------------------------------------------------------------------------------------------------------------------
+# ---- memories ----
 @pytest.fixture(scope="module")
 def sessions(): return [s for e in make_episodes(MicroWorld(), 12, seed=5) for s in e.history]
 
 def numbered(sessions):
     turn, out = 0, []
-    for s in sessions: out.append(Session(f"s{len(out)}", tuple(Message(m.role, m.content, turn := turn + 1) for m in s.messages)))
+    for s in sessions:
+        out.append(Session(f"s{len(out)}", tuple(Message(m.role, m.content, turn := turn + 1) for m in s.messages)))
     return out
 
 @pytest.mark.parametrize("name", [*SYSTEMS, "memory-r1", "comam"])
@@ -111,7 +120,7 @@ def test_every_system_remembers_the_same(name, shared, sessions):
     many.observe_all(history[:4]); many.observe_all(history[4:])
     assert many.memory() == one.memory() and many.sessions == one.sessions
     count = lambda s: (s.usage.calls, s.usage.prompt_tokens, s.usage.completion_tokens, s.usage.malformed)
-    assert count(many) == count(one) and many.saved == one.saved == 0 and not many._ahead
+    assert count(many) == count(one) and many.saved == one.saved == 0 and not many.calls.books.ahead
     assert many.answer("What food do I like?") == one.answer("What food do I like?") and many.shown == one.shown
 
 
@@ -127,24 +136,27 @@ def test_what_another_system_has_read_is_not_read_again(sessions):
 def test_a_bad_session_in_the_middle(sessions):
     history = numbered(sessions)[:3]
     system = SYSTEMS["amem"](micro_agents(MicroWorld()))
-    with pytest.raises(DataError, match="session 'x' is empty"): system.observe_all([history[0], Session("x", ()), history[1]])
+    with pytest.raises(DataError, match="session 'x' is empty"):
+        system.observe_all([history[0], Session("x", ()), history[1]])
     assert system.sessions == 1
     assistant = Assistant(micro_agents(MicroWorld()))
     with pytest.raises(DataError, match="the history is empty"): assistant.observe_all([Session("x", ())])
     with pytest.raises(DataError, match="batch_size is 0"): assistant.observe_all(history, 0)
-    assert [len(x) for x in assistant.observe_all([Session("x", ()), history[0]])][0] == 0 and assistant.pieces == [0, 1]
+    assert len(assistant.observe_all([Session("x", ()), history[0]])[0]) == 0 and assistant.pieces == [0, 1]
 
 
 def test_smollm2_reads_long_sessions_side_by_side(smollm2):
     backbone = load_backbone(smollm2, adapters=None, chat=False, dtype="float32", verbose=False)
-    said = ["I adopted a cat named Miso and moved to Oslo.", "That is lovely, congratulations to both of you!", "I stopped drinking coffee because of my sleep.", "Tea may be a good replacement in the morning."]
-    history = [Session(f"s{i}", tuple(Message(("user", "assistant")[j % 2], said[(i + j) % 4], 20 * i + j + 1) for j in range(8 + 3 * i))) for i in range(4)]
-    agent = ExtractionAgent(backbone, max_new_tokens=24, **FEW_SHOT["extraction"])
+    said = ["I adopted a cat named Miso and moved to Oslo.", "That is lovely, congratulations to both of you!",
+            "I stopped drinking coffee because of my sleep.", "Tea may be a good replacement in the morning."]
+    line = lambda i, j: Message(("user", "assistant")[j % 2], said[(i + j) % 4], 20 * i + j + 1)
+    history = [Session(f"s{i}", tuple(line(i, j) for j in range(4 + 2 * i))) for i in range(3)]
+    agent = ExtractionAgent(backbone, max_new_tokens=16, **PROMPTS["few-shot"]["extraction"])
     states = [State(0, history=(s,)) for s in history]
     one = [act(agent, [s], 1, 0.0)[0][0] for s in states]
     calls = []
     from comam_nb import agents as A
     way, A.sample_each = A.sample_each, lambda *a: calls.append(a) or way(*a)
-    try: many = [d for [d] in act(agent, states, 1, 0.0, batch_size=3)]
+    try: many = [d for [d] in act(agent, states, 1, 0.0, batch_size=2)]
     finally: A.sample_each = way
-    assert calls and [d.sample for d in many] == [d.sample for d in one] and [d.action for d in many] == [d.action for d in one]
+    assert calls and [(d.sample, d.action) for d in many] == [(d.sample, d.action) for d in one]

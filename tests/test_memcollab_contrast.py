@@ -1,28 +1,32 @@
-"Contrast: pairs, what a model's text can and cannot do, merging, resuming, and the offline distiller against a known truth."
+"Contrast: pairs, what a model's text can and cannot do, merging, resuming, and the offline distiller."
 import json, random, time
 from collections import Counter
 from dataclasses import replace
 import pytest
 from hypothesis import given, settings, strategies as st
-from comam_nb.checks.constraints import Constraint, merge, similarity, validate
-from comam_nb.memcollab.contrast import Distillation, POLICIES, Pair, distill, distill_prompt, pair, parse_constraints, provenance, quote
+from comam_nb.checks.constraints import (Constraint, Distillation, _check_instruction, _similarity, merge,
+                                         parse_constraints,
+                                         validate)
+from comam_nb.memcollab.contrast import POLICIES, Pair, distill, distill_prompt, pair, provenance, quote
 from comam_nb.memcollab.effects import OfflineDistiller, step_phrases
-from comam_nb.memcollab.contrast import POLICIES
 from comam_nb.base.errors import MemCollabError
 from comam_nb.checks.sandbox import Verdict
 from comam_nb.checks.tasks import Task
 from comam_nb.lm.chat import Reply
-from comam_nb.memcollab.attempts import Trajectory
+from comam_nb.memcollab.attempts import Attempt
 
 quick = settings(max_examples=60, deadline=None)
 
 
 def attempt(task, solver, text, passed, sample=0, **more):
-    return Trajectory(**dict(task_id=task.id, task_hash=task.hash, solver=solver, model=solver + "-model", sample=sample,
+    return Attempt(**dict(task_id=task.id, task_hash=task.hash, solver=solver, model=solver + "-model", sample=sample,
         messages=({"role": "user", "content": task.prompt}, {"role": "assistant", "content": text}), answer=text[-9:],
-        verdict=None if passed is None else Verdict(passed), turns=1, prompt_tokens=1, completion_tokens=1, seconds=0.0, memory=(), error="") | more)
+        verdict=None if passed is None else Verdict(passed), turns=1, prompt_tokens=1, completion_tokens=1, seconds=0.0,
+                          memory=(), error="") | more)
 
-TASK = Task("t", "Natalia sold 48 clips to her friends. In May Natalia sold 17 more. How many clips did she sell altogether?", "arithmetic", "sums", {"kind": "math", "answer": "65"})
+TASK = Task("t",
+            "Natalia sold 48 clips to her friends. In May Natalia sold 17 more. How many clips did she sell altogether?",
+    "arithmetic", "sums", {"kind": "math", "answer": "65"})
 PAIR = Pair(TASK, attempt(TASK, "ada", "First add, then check.\n65", True), attempt(TASK, "bo", "guess\n64", False))
 SOUND = "When two amounts are joined, enforce adding them and checking the sum backwards; avoid guessing from the size."
 
@@ -41,7 +45,8 @@ class Chat:
 # pairs
 
 @quick
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 2), st.booleans()), unique_by=lambda x: x[:3], max_size=30), st.booleans())
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 2), st.booleans()),
+                unique_by=lambda x: x[:3], max_size=30), st.booleans())
 def test_pairs_are_what_their_policy_says(rows, within):
     tasks = [Task(f"t{i}", f"task {i}", "c") for i in range(4)]
     ts = [attempt(tasks[i], f"s{s}", f"{i} {s} {k}", ok, k) for i, s, k, ok in rows]
@@ -51,14 +56,16 @@ def test_pairs_are_what_their_policy_says(rows, within):
             assert p.right is not p.wrong and p.right.task_hash == p.wrong.task_hash == p.task.hash
             assert (p.right.solver == p.wrong.solver) == within == (p.kind == "self")
             if not within: assert p.right.sample == p.wrong.sample
-            assert {"verified": p.right.right and not p.wrong.right, "any_right": p.right.right, "paper": p.right.right or not p.wrong.right}[policy]
+            assert {"verified": p.right.right and not p.wrong.right, "any_right": p.right.right, "paper": p.right.right
+                    or not p.wrong.right}[policy]
         groups = Counter((i, s) if within else (i, k) for i, s, k, _ in rows)
         if policy == "paper": assert len(pairs) == sum(n - 1 for n in groups.values()) # one preferred, the rest not
 
 
 def test_what_cannot_be_used_is_counted():
     other = Task("x", "another task")
-    ts = [PAIR.right, PAIR.right, PAIR.wrong, attempt(TASK, "cy", "?", None), attempt(TASK, "di", "", False, error="endpoint down"), attempt(other, "ada", "1", True)]
+    ts = [PAIR.right, PAIR.right, PAIR.wrong, attempt(TASK, "cy", "?", None), attempt(TASK, "di", "", False,
+        error="endpoint down"), attempt(other, "ada", "1", True)]
     pairs = pair(ts, [TASK])
     assert len(pairs) == 1 and sum(pairs.skipped.values()) == 4
     assert pairs.skipped["attempt: it broke off"] == 1 and pairs.skipped["attempt: it came twice"] == 1
@@ -71,7 +78,8 @@ def test_attempts_with_different_memories_never_meet():
 
 # reading
 
-part = st.lists(st.sampled_from("rate fraction price é 数 sum of f(x) a, b (two) well-known".split()), min_size=1, max_size=8).map(" ".join).map(lambda s: s.strip(" .,;*_")).filter(bool)
+part = st.lists(st.sampled_from("rate fraction price é 数 sum of f(x) a, b (two) well-known".split()), min_size=1,
+                max_size=8).map(" ".join).map(lambda s: s.strip(" .,;*_")).filter(bool)
 
 @quick
 @given(part, part, part)
@@ -82,15 +90,20 @@ def test_what_is_printed_can_be_read_back(when, enforce, avoid):
 
 
 @quick
-@given(st.text(max_size=300) | st.lists(st.sampled_from(["When", " enforce ", "; avoid ", "a", ",", "\n", "- ", "{", '"when":', "```", "\u2028", "\ud83d", "<think>"]), max_size=40).map("".join), st.booleans())
+@given(st.text(max_size=300) | st.lists(st.sampled_from(["When", " enforce ", "; avoid ", "a", ",", "\n", "- ", "{",
+                                                         '"when":', "```", "\u2028", "\ud83d", "<think>"]),
+                                        max_size=40).map("".join), st.booleans())
 def test_any_text_parses_to_single_lines_or_reasons(text, strict):
     good, bad = parse_constraints(text, strict)
     for c in good: assert "\n" not in str(c) and str(c).splitlines() == [str(c)] and c.source == {} and c.support == 1
     for line, reason in bad: assert reason
 
 
-@pytest.mark.parametrize("text", ["enforce " * 20000, "When " + "a, " * 30000 + "enforce", "When a" + ", enforce" * 20000, "[" * 50000, "|" * 100000, "1." * 50000, "When " + " " * 100000 + "x",
-                                  "When x, enforce " + "a_" * 30000, "When x, enforce " + "a " * 50000 + "; avoid " + "b-" * 50000, "A.B(" * 20000, "<" * 50000])
+@pytest.mark.parametrize("text", ["enforce " * 20000, "When " + "a, " * 30000 + "enforce",
+                                  "When a" + ", enforce" * 20000, "[" * 50000, "|" * 100000, "1." * 50000,
+                                  "When " + " " * 100000 + "x",
+                                  "When x, enforce " + "a_" * 30000, "When x, enforce " + "a " * 50000 + "; avoid "
+                                  + "b-" * 50000, "A.B(" * 20000, "<" * 50000])
 def test_hostile_lengths_cost_no_time(text):
     t = time.perf_counter()
     good, _ = parse_constraints(text)
@@ -170,7 +183,8 @@ def test_sound_sentences_are_not_refused():
 
 def test_what_belongs_to_the_task_is_refused():
     refused = {e: validate(Constraint("amounts are joined", e, "haste"), TASK).split(":")[0] for e in (
-        "adding 17 at the end", "reaching 65", "asking natalia", "saying more how many clips did she sell altogether", "counting 1,000,000 parts")}
+        "adding 17 at the end", "reaching 65", "asking natalia", "saying more how many clips did she sell altogether",
+        "counting 1,000,000 parts")}
     assert set(refused.values()) == {"constant", "name from the task", "copied from the task"} and all(refused.values())
     small = Task("s", "What is left of 12 cakes after 10 are eaten?", check={"kind": "math", "answer": "2"})
     assert validate(Constraint("cakes", "leaving 2 of them"), small).startswith("answer")
@@ -191,7 +205,9 @@ def test_what_passes_with_the_task_passes_without(when, enforce, avoid, prompt, 
 # quoting
 
 @quick
-@given(st.text(max_size=400) | st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "</s>", "<<SYS>>", "\n", "\r", "\u2028", "\x85", "| ", "a"]), max_size=20).map("".join), st.integers(2, 100))
+@given(st.text(max_size=400) | st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "</s>",
+                                                         "<<SYS>>", "\n", "\r", "\u2028", "\x85", "| ", "a"]),
+                                        max_size=20).map("".join), st.integers(2, 100))
 def test_a_quotation_cannot_end_itself(text, limit):
     quoted = quote(text, limit)
     assert all(line.startswith("| ") for line in quoted.splitlines())
@@ -203,7 +219,8 @@ def test_an_injection_in_a_trajectory_stays_quoted_data():
     p = replace(PAIR, wrong=attempt(TASK, "bo", evil, False))
     system, user = distill_prompt(p)
     free = [l for l in user["content"].splitlines() if not l.startswith("| ")]
-    assert not any("ignoring" in l or "im_start" in l for l in free) and sum("The preferred attempt" in l for l in free) == 1
+    assert not any("ignoring" in l or "im_start" in l for l in free) and sum("The preferred attempt" in l
+        for l in free) == 1
     echo = Chat(lambda messages: evil.splitlines()[-1].removeprefix("Write: ")) # a model that falls for it
     made = distill([p], echo)
     assert made.constraints == [] and made.reasons == {"instruction to the reader": 1}
@@ -212,14 +229,16 @@ def test_an_injection_in_a_trajectory_stays_quoted_data():
 # distilling
 
 @quick
-@given(st.dictionaries(st.sampled_from(["source", "models", "support", "category", "provenance", "id"]), st.integers() | st.text(max_size=9) | st.just({"pairs": [{"task": "forged"}]})))
+@given(st.dictionaries(st.sampled_from(["source", "models", "support", "category", "provenance", "id"]),
+                       st.integers() | st.text(max_size=9) | st.just({"pairs": [{"task": "forged"}]})))
 def test_a_reply_cannot_touch_provenance(extra):
     c = parse_constraints(SOUND)[0][0]
     reply = json.dumps([extra | {"when": c.when, "enforce": c.enforce, "avoid": c.avoid}])
     [made] = distill([PAIR], Chat(reply)).constraints
     assert made.task_hashes == (TASK.hash,) and made.support == 1 and made.models == ("ada-model", "bo-model")
     assert (made.category, made.subcategory) == ("arithmetic", "sums") and made.source["distiller"] == "chat"
-    assert made.source["pairs"] == [{"task": TASK.hash, "right": PAIR.right.hash, "wrong": PAIR.wrong.hash, "right_model": "ada-model", "wrong_model": "bo-model",
+    assert made.source["pairs"] == [{"task": TASK.hash, "right": PAIR.right.hash, "wrong": PAIR.wrong.hash,
+                                     "right_model": "ada-model", "wrong_model": "bo-model",
                                      "right_passed": True, "wrong_passed": False, "kind": "cross"}]
 
 
@@ -249,13 +268,16 @@ def test_failures_are_counted_and_tried_again(tmp_path):
     made = distill(pairs, Chat(SOUND, MemCollabError("429")), path=path)
     assert (made.failed, len(made.constraints), made.reasons["call failed"]) == (2, 2, 2)
     assert distill(pairs, Chat(SOUND), path=path).calls == 2
-    with pytest.raises(MemCollabError, match="no call to 'chat' succeeded: .*down"): distill(pairs, Chat(MemCollabError("down")))
+    with pytest.raises(MemCollabError, match="no call to 'chat' succeeded: .*down"):
+        distill(pairs, Chat(MemCollabError("down")))
 
 
 def test_batches_are_used_where_a_chat_has_them():
     class Many(Chat):
         sizes = []
-        def chat_many(self, batch, **settings): self.sizes.append(len(batch)); return [Reply(SOUND, 1, 1) for _ in batch]
+        def chat_many(self, batch, **settings):
+            self.sizes.append(len(batch))
+            return [Reply(SOUND, 1, 1) for _ in batch]
     assert len(distill(many(5), Many(SOUND), batch=2).constraints) == 5 and Many.sizes == [2, 2, 1]
 
 
@@ -275,7 +297,8 @@ def test_more_than_K_are_refused_with_the_reason():
 
 def evidence(i): return provenance([replace(PAIR, task=Task(f"e{i}", f"evidence {i}"))])
 
-word = st.lists(st.sampled_from("rate fraction price sum check root not order case unit".split()), min_size=1, max_size=4).map(" ".join)
+word = st.lists(st.sampled_from("rate fraction price sum check root not order case unit".split()), min_size=1,
+                max_size=4).map(" ".join)
 @quick
 @given(st.lists(st.builds(Constraint, word, word, word, st.sampled_from(["a", "b"])), max_size=12), st.randoms())
 def test_merging_keeps_all_evidence_and_is_done_after_once(cs, rng):
@@ -285,19 +308,23 @@ def test_merging_keeps_all_evidence_and_is_done_after_once(cs, rng):
     assert sorted(h for c in merged for h in c.task_hashes) == sorted(h for c in cs for h in c.task_hashes)
     assert merge(merged) == merged and merge(cs + cs) == merged
     for i, a in enumerate(merged):
-        for b in merged[:i]: assert similarity(a, b) < 0.8
+        for b in merged[:i]: assert _similarity(a, b) < 0.8
 
 
 def test_opposites_are_never_merged():
-    c = Constraint("a sum of many terms is asked", "adding from the smallest term on", "rounding each term before adding them")
-    opposites = [replace(c, enforce=c.avoid, avoid=c.enforce), replace(c, enforce="not " + c.enforce), replace(c, when=c.when + " without 3 terms"), replace(c, category="x")]
+    c = Constraint("a sum of many terms is asked", "adding from the smallest term on",
+                   "rounding each term before adding them")
+    opposites = [replace(c, enforce=c.avoid, avoid=c.enforce), replace(c, enforce="not " + c.enforce),
+                 replace(c, when=c.when + " without 3 terms"), replace(c, category="x")]
     assert len(merge([c, *opposites])) == 5
 
 
 # the offline distiller
 
-LESSONS = {"percent": "turn the rate into a fraction", "mean": "divide the sum by the count", "order": "sort before comparing"}
-SKILL = {("ada", "percent"): .9, ("ada", "mean"): .3, ("ada", "order"): .6, ("bo", "percent"): .4, ("bo", "mean"): .8, ("bo", "order"): .2}
+LESSONS = {"percent": "turn the rate into a fraction", "mean": "divide the sum by the count",
+           "order": "sort before comparing"}
+SKILL = {("ada", "percent"): .9, ("ada", "mean"): .3, ("ada", "order"): .6, ("bo", "percent"): .4, ("bo", "mean"): .8,
+         ("bo", "order"): .2}
 def world(n, seed, samples=1, solvers=("ada", "bo"), luck=.1):
     rng, tasks, done = random.Random(seed), [], []
     manners = {"ada": ["let me think", "as an expert i see", "so"], "bo": ["ok", "easy one"]}
@@ -307,12 +334,14 @@ def world(n, seed, samples=1, solvers=("ada", "bo"), luck=.1):
         for who in solvers:
             for s in range(samples):
                 has = rng.random() < SKILL[who, c]
-                lines = [m for m in manners[who] if rng.random() < .8] + [LESSONS[c] if has else "guess from the size", f"the result is {i}"]
+                lines = [m for m in manners[who] if rng.random() < .8] + [LESSONS[c] if has else "guess from the size",
+                    f"the result is {i}"]
                 lines += [f"{who} likes {c}"] * (rng.random() < .7)   # a manner in one category only
                 done.append(attempt(tasks[-1], who, "\n".join(lines), (rng.random() < luck) != has, s))
     return tasks, done
 
-STYLE = {"let me think", "as an expert i see", "so", "ok", "easy one", "the result is <n>"} | {f"{w} likes {c}" for w in ("ada", "bo") for c in LESSONS}
+STYLE = {"let me think", "as an expert i see", "so", "ok", "easy one", "the result is <n>"} | {f"{w} likes {c}"
+    for w in ("ada", "bo") for c in LESSONS}
 
 def test_the_contrast_finds_the_truth_where_the_plain_difference_keeps_the_style():
     right = naive_style = 0
@@ -324,7 +353,8 @@ def test_the_contrast_finds_the_truth_where_the_plain_difference_keeps_the_style
         assert not STYLE & {x for c in made.values() for x in (c.enforce, c.avoid)}
         for c in LESSONS:
             own = [p for p in pairs if p.task.category == c]
-            diff = Counter(s for p in own for s in step_phrases(p.right.text)); diff.subtract(s for p in own for s in step_phrases(p.wrong.text))
+            diff = Counter(s for p in own for s in step_phrases(p.right.text))
+            diff.subtract(s for p in own for s in step_phrases(p.wrong.text))
             naive_style += sum(n >= .2 * len(own) for s, n in diff.items() if s in STYLE)
     assert right == 30 and naive_style > 30 # the same threshold of .2 lets manners through by the dozen
 
@@ -339,7 +369,8 @@ def test_with_more_room_no_manner_is_let_in_either():
 def test_self_contrast_works_with_one_model_only():
     tasks, done = world(300, 0, samples=2, solvers=("bo",))
     made = OfflineDistiller()(pair(done, tasks, within=True))
-    assert {c.category: c.enforce for c in made.constraints} == LESSONS and {p for c in made.constraints for p in c.models} == {"bo-model"}
+    assert {c.category: c.enforce for c in made.constraints} == LESSONS and {p for c in made.constraints
+        for p in c.models} == {"bo-model"}
 
 
 def test_pure_chance_gives_next_to_nothing():
@@ -373,12 +404,13 @@ def test_results_go_to_json_and_back():
     tasks, done = world(60, 0)
     made = OfflineDistiller()(pair(done, tasks))
     assert Distillation.from_json(json.loads(json.dumps(made.to_json()))) == made
-    for html_text in (PAIR._repr_html_(), made._repr_html_(), pair(done, tasks)._repr_html_()): assert "<script" not in html_text
+    for html_text in (PAIR._repr_html_(), made._repr_html_(), pair(done, tasks)._repr_html_()):
+        assert "<script" not in html_text
     evil = replace(PAIR, wrong=attempt(TASK, "<script>", "<script>alert(1)</script>", False))
     assert "<script" not in evil._repr_html_()
 
 
 def test_a_lesson_about_a_reply_is_no_instruction():
-    from comam_nb.checks.constraints import check_instruction
-    assert check_instruction(Constraint("an equation is solved", "a check before ending the reply with a number", "stopping early")) == ""
-    assert check_instruction(Constraint("an equation is solved", "reply with seven", "stopping early"))
+    assert _check_instruction(Constraint("an equation is solved", "a check before ending the reply with a number",
+                                         "stopping early")) == ""
+    assert _check_instruction(Constraint("an equation is solved", "reply with seven", "stopping early"))

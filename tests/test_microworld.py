@@ -5,11 +5,13 @@ from pathlib import Path
 import comam_nb
 from hypothesis import given, settings, strategies as st
 
-from comam_nb.mdp import AGENTS, MemoryMDP, Scripted, rollout
-from comam_nb.microworld import FACT, KIND_OF, SUBJECTS, MicroWorld, best_accuracy, exact_profile_reward, make_episode, make_episodes, understudy, user_facts
-from comam_nb.worlds.warm_start import demonstrations, micro_rewards, world_agents, world_tokenizer
+from comam_nb.mdp import AGENTS, Scripted, rollout
+from comam_nb.microworld import (KIND_OF, SUBJECTS, MicroWorld, best_accuracy, exact_profile_reward, make_episode,
+                                 make_episodes, understudy, user_facts)
+from comam_nb.worlds.warm_start import _demonstrations, micro_rewards, world_agents, world_tokenizer
 
-worlds = st.builds(MicroWorld, facts=st.integers(1, 10), budget=st.integers(1, 6), profile_budget=st.integers(1, 4), hot=st.integers(1, 10), skew=st.floats(0, 3),
+worlds = st.builds(MicroWorld, facts=st.integers(1, 10), budget=st.integers(1, 6), profile_budget=st.integers(1, 4),
+                   hot=st.integers(1, 10), skew=st.floats(0, 3),
                    superseded=st.floats(0, 1), noise=st.integers(0, 4), profile_share=st.floats(0, 1))
 
 @settings(max_examples=60, deadline=None)
@@ -20,14 +22,15 @@ def test_the_evidence_is_the_last_statement_about_the_subject_and_holds_the_answ
     turn, value = told[-1]
     assert e.evidence == {turn} and len({s for _, s, _ in user_facts(e.history)}) == world.facts
     assert e.answer == (KIND_OF[e.meta["subject"], value] if e.query.kind == "profile" else value)
-    if len(told) == 2: assert KIND_OF[e.meta["subject"], told[0][1]] != KIND_OF[e.meta["subject"], value] # the old statement would give a wrong answer
+    # the old statement would give a wrong answer
+    if len(told) == 2: assert KIND_OF[e.meta["subject"], told[0][1]] != KIND_OF[e.meta["subject"], value]
 
 @settings(max_examples=40, deadline=None)
 @given(worlds, st.integers(0, 10**6))
 def test_the_vocabulary_is_closed(world, seed):
     import random
     tok = world_tokenizer()
-    for prompt, text in demonstrations(world, random.Random(seed)):
+    for prompt, text in _demonstrations(world, random.Random(seed)):
         assert tok.unk_token_id not in tok(prompt + text).input_ids
 
 @settings(max_examples=25, deadline=None)
@@ -60,4 +63,6 @@ def test_a_wrong_profile_scores_less_than_a_right_one():
     from comam_nb.agents import Note
     turn, s, v = user_facts(e.history)[-1]
     right = KIND_OF[s, v]; wrong = next(k for k in SUBJECTS[s] if k != right)
-    assert exact_profile_reward(world, (Note(f"prefers the {s} {right}", (turn,)),), e.history) > exact_profile_reward(world, (Note(f"prefers the {s} {wrong}", (turn,)),), e.history)
+    assert exact_profile_reward(world, (Note(f"prefers the {s} {right}", (turn,)),),
+                                e.history) > exact_profile_reward(world, (Note(f"prefers the {s} {wrong}", (turn,)),),
+        e.history)

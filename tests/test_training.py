@@ -1,73 +1,118 @@
-"The trainer's fast ways, and the models that it cannot serve so."
+"The trainer: its fast ways, its settings, what it keeps to itself, and how it goes on."
+import json, os
+from dataclasses import replace
 from types import SimpleNamespace
+
 import pytest, torch
+from accelerate import Accelerator
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Lfm2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from comam_nb import training
-from comam_nb.lm.backbone import Backbone
+from transformers import (GPT2Config, GPT2LMHeadModel, Lfm2Config, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast,
+                          TrainerCallback, TrainingArguments)
+
+from comam_nb.base.errors import BackboneError, CreditError
 from comam_nb.data import example_episode
+from comam_nb.lm.backbone import Backbone
 from comam_nb.mdp import AGENTS
+from comam_nb.rl import scorer as scoring
+from comam_nb.rl.sampler import PrioritySampler
+from comam_nb.rl.scorer import Scorer
 from comam_nb.rl.settings import CoMAMConfig
+from comam_nb.rl.team import make_team
 from comam_nb.training import CoMAMTrainer
-from comam_nb.rl.team import make_agents
 
 
-@pytest.mark.parametrize("config", [Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"], attn_implementation="sdpa"),
+@pytest.mark.parametrize("config", [Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"],
+                                               attn_implementation="sdpa"),
                                     LlamaConfig(attn_implementation="flash_attention_2")])
 def test_a_model_that_takes_no_mask_is_scored_the_simple_way_and_the_trainer_says_so(config):
-    trainer = SimpleNamespace(args=SimpleNamespace(shared_prefix=True), _readings={}, _key=lambda *x: x, agents={"extraction": SimpleNamespace(adapter=None, policy=SimpleNamespace(model=SimpleNamespace(config=config)))}, _agent="extraction")
+    policy = Backbone(SimpleNamespace(config=config), SimpleNamespace(pad_token_id=0, eos_token_id=1))
+    args = SimpleNamespace(shared_prefix=True, trained_agents=["extraction"], beta=0, entropy_coef=0,
+                           use_adaptive_entropy=False,
+                           per_device_train_batch_size=2, micro_batches_per_agent=1)
+    team = {"extraction": SimpleNamespace(adapter=None, policy=policy)}
+    scorer = Scorer(team, args, Accelerator(cpu=True))
+    scorer.texts, scorer.rows = {"extraction": [((3, 4), (5, 6)), ((3, 4), (7, 8))]}, ("extraction", 0, 2)
     ids = torch.tensor([[3, 4, 5, 6], [3, 4, 7, 8]])
     with pytest.warns(UserWarning, match="cannot share a prompt"):
-        assert CoMAMTrainer._packed(trainer, None, ids, torch.ones_like(ids), 2) is None
+        assert scorer(lambda *a, **k: "TRL's own way", None, ids, torch.ones_like(ids), 2) == "TRL's own way"
 
 
 # ---- prompts that are read once, for writing and for scoring
 
-def reader(seed=0, dropout=0.0):
-    torch.manual_seed(seed)
-    words = ["<pad>", "<eos>", "<unk>", *AGENTS, *map(str, range(40))]
+def words_tokenizer(extra=()):
+    words = ["<pad>", "<eos>", "<unk>", *AGENTS, *map(str, range(40)), *extra]
     tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tok = PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left")
-    config = LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-                         eos_token_id=1, pad_token_id=0, bos_token_id=None, initializer_range=0.3, attention_dropout=dropout)
+    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+                                   padding_side="left")
+
+def reader(seed=0, dropout=0.0):
+    torch.manual_seed(seed)
+    tok = words_tokenizer()
+    config = LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=2048, eos_token_id=1, pad_token_id=0,
+                         bos_token_id=None,
+                         initializer_range=0.3, attention_dropout=dropout)
     return Backbone(LlamaForCausalLM(config).eval(), tok, (), "reader")
 
 def long_prompt(name, own):
-    "700 words. With `own`, an episode's for the extraction agent, and for the others different ones in each rollout, behind 100 that are always the same. Without, all read the same."
+    """700 words. With `own`, an episode's for the extraction agent, and for the others different ones in each rollout,
+    behind 100 that are always the same. Without, all read the same."""
     asked = [0]
     def prompt(state):
         asked[0] += 1
         k = asked[0] if own else 3
-        return " ".join([name if own else "1", *(str(i % 7) for i in range(100)), *(str((i * k) % 40) for i in range(600 + k))])
+        return " ".join([name if own else "1", *(str(i % 7) for i in range(100)),
+                         *(str((i * k) % 40) for i in range(600 + k))])
     return prompt
+
+def wordy(groups):
+    "Rewards: how many different words; the answer is right if it is long."
+    local = [[[len(set(t[a].action_ids)) / 6 for t in g] for a in AGENTS] for g in groups]
+    return torch.tensor(local), torch.tensor([[float(len(t["retrieval"].action_ids) > 4) for t in g] for g in groups])
+
+def settings(folder, **kw):
+    few = dict(max_steps=2, episodes_per_step=2, num_generations=4, use_cpu=True, disable_tqdm=True,
+               max_completion_length=6,
+               sampling="per_group")
+    return CoMAMConfig(str(folder), **few | kw)
 
 def trained(tmp_path, monkeypatch, keep, policy="adapters", own=True, dropout=0.0, E=2, **kw):
     "Weights after two steps, what was read, and what was scored with a reading."
     read, scored = [], []
-    monkeypatch.setattr(training, "read_prompts", lambda model, prompts, f=training.read_prompts: read.append(len(prompts)) or f(model, prompts))
-    monkeypatch.setattr(training, "shared_logprobs", lambda *a, reading=None, f=training.shared_logprobs: scored.append(reading is not None) or f(*a, reading=reading))
-    agents = make_agents({a: reader(i, dropout) for i, a in enumerate(AGENTS)} if policy == "separate" else reader(0, dropout), policy, r=4, **{a: dict(max_new_tokens=6) for a in AGENTS})
-    for name, agent in agents.items(): agent.prompt = long_prompt(name, own)
-    rewards = lambda groups: (torch.tensor([[[len(set(t[a].action_ids)) / 6 for t in g] for a in AGENTS] for g in groups]), torch.tensor([[float(len(t["retrieval"].action_ids) > 4) for t in g] for g in groups]))
-    config = CoMAMConfig(str(tmp_path), max_steps=2, episodes_per_step=E, num_generations=4, learning_rate=1.0, optim="sgd", use_cpu=True, disable_tqdm=True, max_completion_length=6, sampling="per_group", keep_prompts=keep, **kw)
-    trainer = CoMAMTrainer(agents, [example_episode()] * 2, rewards, config)
+    monkeypatch.setattr(scoring, "read_prompts", lambda model, prompts,
+                        f=scoring.read_prompts: read.append(len(prompts)) or f(model, prompts))
+    monkeypatch.setattr(scoring, "shared_logprobs", lambda *a, reading=None, f=scoring.shared_logprobs:
+                        scored.append(reading is not None) or f(*a, reading=reading))
+    backbones = {a: reader(i, dropout) for i, a in enumerate(AGENTS)} if policy == "separate" else reader(0, dropout)
+    team = make_team(backbones, policy, r=4, **{a: dict(max_new_tokens=6) for a in AGENTS})
+    for name, agent in team.items(): agent.prompt = long_prompt(name, own)
+    config = settings(tmp_path, episodes_per_step=E, learning_rate=1.0, optim="sgd", keep_prompts=keep, **kw)
+    trainer = CoMAMTrainer(team, [example_episode()] * 2, wordy, config)
     trainer.train()
     monkeypatch.undo()
-    assert all(a.policy.reader is None for a in agents.values())
+    assert all(a.policy.reader is None for a in team.values())
     return {k: v.clone() for k, v in trainer.model.state_dict().items()}, read, scored, trainer
 
-@pytest.mark.parametrize("policy, own", [("adapters", True), ("adapters", False), ("shared", False), ("separate", False)])
+@pytest.mark.parametrize("policy, own", [("adapters", True), ("adapters", False), ("shared", False),
+                                         ("separate", False)])
 def test_prompts_kept_from_writing_to_scoring_change_nothing_but_the_time(tmp_path, monkeypatch, policy, own):
     simple, read, scored, _ = trained(tmp_path, monkeypatch, 0, policy, own)
-    assert not read and not any(scored) and (policy == "separate" or all(v.abs().max() > 1e-3 for k, v in simple.items() if ".lora_B" in k)) # they have learned something
+    learned = all(v.abs().max() > 1e-3 for k, v in simple.items() if ".lora_B" in k)
+    assert not read and not any(scored) and (policy == "separate" or learned)
     kept, read, scored, trainer = trained(tmp_path, monkeypatch, 10**6, policy, own)
-    assert scored == [True, policy != "shared", policy != "shared"] * 2 and not trainer._readings # two steps; one policy for all keeps one prompt once; nothing is left in memory
-    assert read == ([2, 8, 8] if own else [1] if policy == "shared" else [1, 1, 1]) * 2 # of two episodes with four rollouts each
+    # two steps; one policy for all keeps one prompt once
+    assert scored == [True, policy != "shared", policy != "shared"] * 2
+    assert not trainer.scorer.readings.kept # nothing is left in memory
+    # of two episodes with four rollouts each
+    assert read == ([2, 8, 8] if own else [1] if policy == "shared" else [1, 1, 1]) * 2
     for k in simple: torch.testing.assert_close(kept[k], simple[k], rtol=1e-4, atol=1e-5, msg=k)
 
 def test_no_more_prompts_are_kept_than_allowed(tmp_path, monkeypatch):
-    _, read, scored, _ = trained(tmp_path, monkeypatch, 1500) # an episode's prompt has some 700 tokens, the eight others have thousands
+    # an episode's prompt has some 700 tokens, the eight others have thousands
+    _, read, scored, _ = trained(tmp_path, monkeypatch, 1500)
     assert read == [2, 2] and scored == [True, False, False] * 2
 
 @pytest.mark.parametrize("kw", [dict(dropout=0.1), dict(gradient_checkpointing=True), dict(shared_prefix=False)])
@@ -86,3 +131,172 @@ def test_a_second_update_with_the_same_texts_reads_again(tmp_path, monkeypatch):
     kept, read, scored, _ = trained(tmp_path, monkeypatch, 10**6, own=False, num_iterations=2)
     assert sum(scored) == len(read) == 3 # the weights have changed since
     for k in simple: torch.testing.assert_close(kept[k], simple[k], rtol=1e-4, atol=1e-5, msg=k)
+
+
+# ---- what TRL and Accelerate do otherwise than a joint run needs
+
+class Lines(TrainerCallback):
+    "Keeps the log lines."
+    def __init__(self): self.lines = []
+    def on_log(self, args, state, control, logs=None, **kw):
+        if "r_ret" in logs: self.lines.append(logs)
+
+def team_of(backbone, policy="adapters", **kw):
+    return make_team(backbone, policy, r=4, **{a: dict(max_new_tokens=6, **kw) for a in AGENTS})
+
+def weights(team): return {ns: torch.cat([p.detach().flatten() for p in ps]) for ns, ps in team.groups().items()}
+
+TEXTS = [] # of the last run's last step
+
+def run(folder, team, rewards=wordy, n=4, sampler=None, resume=None, **kw):
+    trainer = CoMAMTrainer(team, [example_episode()] * n, rewards, settings(folder, **kw), sampler=sampler,
+                           callbacks=[log := Lines()])
+    trainer.train(resume_from_checkpoint=resume)
+    TEXTS[:] = trainer.last_groups
+    return log.lines
+
+@pytest.mark.parametrize("clip, alone", [("per_agent", True), ("together", False)])
+def test_an_agents_gradient_is_clipped_as_by_an_optimiser_of_its_own(tmp_path, clip, alone):
+    "Its step among three is the step that it takes alone; TRL's one limit for all makes it smaller."
+    sgd = dict(optim="sgd", max_steps=1, max_grad_norm=1e-3, lr_scheduler_type="constant")
+    joint, single, start = (team_of(reader()) for _ in range(3))
+    run(tmp_path, joint, learning_rate=3.0, clip=clip, **sgd) # TRL's loss is the mean over three agents
+    run(tmp_path, single, learning_rate=1.0, trained_agents=["profile"], **sgd)
+    moved = [weights(t)["profile",] - weights(start)["profile",] for t in (joint, single)]
+    assert moved[1].norm() == pytest.approx(1e-3, rel=1e-3) # the limit was reached
+    assert torch.allclose(*moved, atol=1e-7) == alone
+
+def test_a_policy_that_all_share_is_clipped_as_one(tmp_path):
+    sgd = dict(optim="sgd", max_steps=1, max_grad_norm=1e-3, learning_rate=1.0)
+    one, other = team_of(reader(), "shared"), team_of(reader(), "shared")
+    run(tmp_path, one, **sgd)
+    run(tmp_path, other, clip="together", **sgd)
+    assert torch.equal(*(weights(t)[AGENTS] for t in (one, other)))
+
+@pytest.mark.parametrize("policy", ["adapters", "separate"])
+def test_before_and_after_are_measured_alike(tmp_path, policy):
+    "With a learning rate of 0 a run in bfloat16 changes no logit; Accelerate's autocast used to stay on the model."
+    team = team_of({a: reader(i) for i, a in enumerate(AGENTS)} if policy == "separate" else reader(), policy)
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    asked = lambda: [a.policy.model.eval()(ids).logits.detach() for a in team.values()]
+    before = asked()
+    run(tmp_path, team, learning_rate=0.0, max_steps=1, bf16=True)
+    for x, y in zip(before, asked()): assert x.dtype == y.dtype == torch.float32 and torch.equal(x, y)
+    run(tmp_path, team, learning_rate=0.0, max_steps=1, bf16=True) # and it can be trained again
+    for x, y in zip(before, asked()): assert torch.equal(x, y)
+
+def test_a_stop_text_is_an_end_and_not_a_cut(tmp_path):
+    "A base model's texts end at a stop text. With mask_truncated_completions they were all taken for cut, and the gradient was 0."
+    tok = words_tokenizer()
+    tok.add_special_tokens({"eos_token": "<never>"}) # an end token that the model does not have
+    team = team_of(replace(reader(), tokenizer=tok))
+    backbone = team["profile"].policy
+    backbone.model.generation_config.eos_token_id = tok.eos_token_id
+    for agent in team.values(): agent.prompt = lambda state: "3 4 5"
+    [line] = run(tmp_path, team, learning_rate=0.0, max_steps=1, mask_truncated_completions=True)
+    assert line["completions/clipped_ratio"] == 1 and line["grad_norm"] == 0 # all are cut indeed
+    said = [i for g in TEXTS for t in g for i in t["profile"].action_ids[2:]]
+    backbone.stop = tok.decode([max(set(said), key=said.count)]) # a word that it says often
+    [line] = run(tmp_path, team, learning_rate=0.0, max_steps=1, mask_truncated_completions=True)
+    # TRL sees no end token, the rollout knows better
+    assert line["completions/clipped_ratio"] == 1 and line["grad_norm"] > 0
+
+def test_an_entropy_bonus_reaches_the_weights(tmp_path):
+    "Scoring with shared prompts has no gradient of the entropy; with a bonus the way is TRL's own."
+    plain, bonus, own = team_of(reader()), team_of(reader()), team_of(reader())
+    for t, kw in ((plain, {}), (bonus, dict(entropy_coef=1.0)), (own, dict(entropy_coef=1.0, shared_prefix=False))):
+        run(tmp_path, t, optim="sgd", learning_rate=1.0, max_steps=1, clip="together", **kw)
+    assert not torch.allclose(weights(plain)["profile",], weights(bonus)["profile",], atol=1e-5)
+    assert torch.allclose(weights(own)["profile",], weights(bonus)["profile",], atol=1e-6)
+
+@pytest.mark.parametrize("name, value", [("top_p", 0.9), ("top_k", 50), ("min_p", 0.1), ("repetition_penalty", 1.2),
+                                         ("generation_kwargs", {"top_k": 3}),
+                                         ("steps_per_generation", 2), ("generation_batch_size", 48),
+                                         ("shuffle_dataset", True),
+                                         ("sync_ref_model", True), ("per_device_eval_batch_size", 2)])
+def test_a_setting_that_would_be_ignored_is_refused(tmp_path, name, value):
+    with pytest.raises(CreditError, match=f"{name}=.* would be ignored"): settings(tmp_path, **{name: value})
+
+def test_batch_settings_are_honoured_or_refused(tmp_path):
+    config = settings(tmp_path, per_device_train_batch_size=4) # of an agent's 8 rows
+    assert (config.per_device_train_batch_size, config.micro_batches_per_agent,
+            config.gradient_accumulation_steps) == (4, 2, 6)
+    assert settings(tmp_path, gradient_accumulation_steps=3).gradient_accumulation_steps == 3
+    with pytest.raises(CreditError, match="per_device_train_batch_size=5"):
+        settings(tmp_path, per_device_train_batch_size=5)
+    with pytest.raises(CreditError, match="gradient_accumulation_steps=8"):
+        settings(tmp_path, gradient_accumulation_steps=8)
+
+def test_two_cards_and_one_process_is_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(CreditError, match="2 cards are visible to one process.*accelerate launch.*cuda:0"):
+        settings(tmp_path)
+
+def test_the_card_that_is_named_is_the_card_that_is_used(tmp_path, monkeypatch):
+    "`--device cuda:1` used to end on cuda:0. Two cards that are not there:"
+    from accelerate.state import AcceleratorState, PartialState
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda d: taken.append(torch.device(d)))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        config = settings(tmp_path, use_cpu=False, run_on="cuda:1")
+        assert (config.device, config.n_gpu, taken[-1]) == (torch.device("cuda:1"), 1, torch.device("cuda:1"))
+        with pytest.raises(CreditError, match="no such card, 2 can be seen"):
+            settings(tmp_path, use_cpu=False, run_on="cuda:2")
+        with pytest.raises(CreditError, match="2 cards are visible"): settings(tmp_path, use_cpu=False)
+        team = team_of(reader())
+        monkeypatch.setattr(torch.nn.Module, "parameters", lambda self,
+                            recurse=True: iter([SimpleNamespace(device=torch.device("cuda:0"))]))
+        from comam_nb.rl.launch import check_run
+        with pytest.raises(BackboneError, match="is on cuda:0 and the run on cuda:1"): check_run(team, config)
+    finally:
+        monkeypatch.undo()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState(cpu=True)
+
+def test_the_samplers_state_is_part_of_a_checkpoint(tmp_path):
+    "A run that is resumed rolls out the episodes that the unbroken one rolls out, and ends with the same weights."
+    episodes = [replace(example_episode(), id=str(i)) for i in range(6)]
+    class Seen:
+        def __init__(self): self.ids = []
+        def __call__(self, groups):
+            self.ids.append([g[0].episode.id for g in groups])
+            return wordy(groups)
+    def go(folder, resume=None, **kw):
+        torch.manual_seed(0)
+        team, seen, sampler = team_of(reader()), Seen(), PrioritySampler(6, decay=0.5, epsilon=0.0001, seed=3)
+        trainer = CoMAMTrainer(team, episodes, seen, settings(folder, max_steps=4, sampling="stream",
+            learning_rate=1e-2, **kw), sampler=sampler)
+        trainer.train(resume_from_checkpoint=resume)
+        return team, seen.ids, sampler.state_dict()
+    whole, ids, state = go(tmp_path / "a")
+    go(tmp_path / "b", save_strategy="steps", save_steps=2)
+    kept = json.loads((tmp_path / "b" / "checkpoint-2" / "sampler.json").read_text())
+    assert kept["t"] == 2 and kept["known"]
+    resumed, later, end = go(tmp_path / "b", str(tmp_path / "b" / "checkpoint-2"))
+    assert later == ids[2:] and end == state
+    assert all(torch.equal(weights(whole)[k], weights(resumed)[k]) for k in weights(whole))
+    os.remove(tmp_path / "b" / "checkpoint-2" / "sampler.json")
+    with pytest.raises(CreditError, match="of a run without a sampler"):
+        go(tmp_path / "b", str(tmp_path / "b" / "checkpoint-2"))
+
+def test_vllm_writes_with_the_weights_of_the_agent_whose_turn_it_is(tmp_path):
+    "There was no card to run it on: a stand-in notes which adapter is active when weights are sent, and writes by itself."
+    class Engine:
+        "As TRL's `VLLMGeneration` looks from outside."
+        def __init__(self, policy): self.policy, self.sent, self.asked = policy, [], []
+        def sync_weights(self): self.sent.append(self.policy.model.active_adapter)
+        def generate(self, rows, images, G):
+            self.asked.append((len(rows), G))
+            return rows, [[5 + len(self.sent), 6, self.policy.eos_ids[0], 7] for _ in rows], None, None
+    team = team_of(reader())
+    trainer = CoMAMTrainer(team, [example_episode()], wordy, settings(tmp_path, max_steps=1))
+    trainer.vllm_generation = engine = Engine(team["profile"].policy)
+    trainer.train()
+    assert engine.sent == list(AGENTS)
+    assert engine.asked == [(8, 4), (8, 1), (8, 1)] # E x G rows; only extraction's prompts are equal for sure
+    assert {t["extraction"].action_ids for g in trainer.last_groups for t in g} == {(6, 6, 1)} # cut behind the end
+    assert team["profile"].policy.writer is None

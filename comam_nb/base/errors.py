@@ -5,6 +5,9 @@
 # %% auto #0
 __all__ = ['DataError', 'BackboneError', 'StoreError', 'RewardError', 'CreditError', 'MemCollabError', 'ChatDown']
 
+# %% ../../nbs/source/base/01_errors.ipynb #f6378be2
+from collections.abc import Iterable
+
 # %% ../../nbs/source/base/01_errors.ipynb #a44f6f89
 class DataError(ValueError):
     "Input that cannot be read or used. The text says where (file, line, field), what is wrong, and what to do."
@@ -19,7 +22,7 @@ class StoreError(ValueError):
 
 # %% ../../nbs/source/base/01_errors.ipynb #65595b01
 class RewardError(ValueError):
-    "A reward that cannot be computed: an unknown rule, no evidence, no gold answer, a judge out of range; the text says what to do."
+    "A reward that cannot be computed: an unknown rule, no evidence or gold answer; the text says what to do."
 
 # %% ../../nbs/source/base/01_errors.ipynb #1663981a
 class CreditError(ValueError):
@@ -30,12 +33,12 @@ class MemCollabError(ValueError):
     "Something cannot be used as asked: a task, a test, a setting, a file; the text says what, where, and what to do."
 
 # %% ../../nbs/source/base/01_errors.ipynb #11e267c7
-class ChatDown(MemCollabError):
-    "No answer could be had, and it is not the model's fault: nothing is recorded for the task, and a later run tries again."
+class ChatDown(MemCollabError, BackboneError):
+    "No answer could be had, and it is not the model's fault: nothing is recorded, and a later run tries again."
     def __init__(self,
         message:str, # one line: who, what, what to do
         fatal:bool=False, # no other request will do better
-        done=(), # from `solve`: the trajectories that there are
+        done:Iterable=(), # from `solve`: the attempts that there are
     ):
         super().__init__(message)
         self.fatal, self.done = fatal, list(done)

@@ -6,132 +6,51 @@
 __all__ = ['parser', 'main']
 
 # %% ../../nbs/source/cli/07_comam.ipynb #55fa2c57
-import argparse, os, sys
+import argparse, os, sys, warnings
+from collections.abc import Sequence
 
 from .. import __version__
-from .answer import answer
-from .evaluate import evaluate_command
-from .reproduce import reproduce_command
-from .train import DEFAULTS, train
-from .warm_start import warm_start
-from ..runs.folder import CommandError
-from ..runs.sources import DATA_KINDS
-
-# %% ../../nbs/source/cli/07_comam.ipynb #42e79ebf
-def _add_model_arguments(p):
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="weights' type (default: chosen)")
-    p.add_argument("--device", help="torch device (default: CUDA, else MPS, else CPU)")
-    p.add_argument("--rank", type=int, default=16, help="LoRA rank (default 16)")
-    p.add_argument("--context", type=int, default=0, help="tokens of the model's context to use; longer sessions are split (default: all)")
-    p.add_argument("--prompts", choices=("instruct", "few-shot"), default="instruct", help="instruct: for models that follow instructions; few-shot: worked examples without chat template, for base and very small models (default instruct)")
-
-def _train_parser(sub):
-    p = sub.add_parser("train", help="train the three agents jointly")
-    p.set_defaults(run=train)
-    p.add_argument("--out", help="run directory (default runs/<time>)")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out from its last checkpoint")
-    p.add_argument("--data", default="microworld", help=f"one of {', '.join(DATA_KINDS)}")
-    p.add_argument("--backbone", help="model directory, .gguf file or hub id, for --data other than microworld")
-    for flag, kind, text in (("--steps", int, "joint steps"), ("--episodes-per-step", int, "episodes per step"), ("--group-size", int, "rollouts per episode, G"), ("--lr", float, "learning rate")):
-        p.add_argument(flag, type=kind, help=f"{text} (default: " + ", ".join(f"{v[flag[2:].replace('-', '_')]} for {k}" for k, v in DEFAULTS.items()) + ")")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--policy", default="adapters", help="adapters, shared or separate (default adapters)")
-    p.add_argument("--credit", default="adaptive", help="adaptive, equal, local or global (default adaptive)")
-    p.add_argument("--credit-temperature", type=float, default=1.0, help="softmax temperature of the weights (default 1)")
-    p.add_argument("--rescale", action="store_true", help="correct the NDCG for chance")
-    p.add_argument("--rule", default="eq15", help="eq15 or alg1 (default eq15)")
-    p.add_argument("--temperature", type=float, default=1.0, help="of the rollouts (default 1, the policy itself)")
-    p.add_argument("--sampling", choices=("per_group", "stream"), help="per_group: the same texts with any number of processes; stream: from torch's generator (default: stream with one process, per_group with several)")
-    p.add_argument("--micro-batches", type=int, default=1, help="passes per agent and step, to save memory (default 1)")
-    p.add_argument("--save-steps", type=int, default=0, help="write a checkpoint every so many steps (default: none)")
-    p.add_argument("--eval-episodes", type=int, default=None, help="episodes evaluated before and after (default 500, or 8 with --backbone)")
-    p.add_argument("--eval-batch", type=int, default=None, help=argparse.SUPPRESS)
-    p.add_argument("--max-new-tokens", type=int, default=96, help="tokens that an agent may write, with --backbone (default 96)")
-    p.add_argument("--max-prompt-tokens", type=int, default=1024, help="tokens of history in a training prompt, with --backbone (default 1024)")
-    _add_model_arguments(p)
-
-# %% ../../nbs/source/cli/07_comam.ipynb #5201cd78
-def _bench_parsers(sub):
-    e = sub.add_parser("eval", help="compare memory systems, beside baselines without memory")
-    e.set_defaults(run=evaluate_command)
-    e.add_argument("--system", nargs="+", required=True, help="base, rag, memorybank, amem, cam, mem1, memory-r1, mem0, mem0-raw, comam, or a weights directory of `comam train`; several are compared in pairs")
-    e.add_argument("--data", default="microworld", help=f"one of {', '.join(DATA_KINDS)}")
-    e.add_argument("--backbone", help="model directory, .gguf file or hub id, for --data other than microworld")
-    e.add_argument("--adapters", help="weights directory of a training run, for all named systems")
-    e.add_argument("--out", help="directory of the run files; a second call goes on with them (default runs/eval-<time>)")
-    e.add_argument("--questions", type=int, help="ask a random sample of so many (default: all; 200 in the micro-world)")
-    e.add_argument("--user", nargs="+", help="only questions of these users")
-    e.add_argument("--against", help="the system that the others are compared with (default: the first)")
-    e.add_argument("--embedder", default="hashing", help="hashing, minilm, a directory or a hub id (default hashing)")
-    e.add_argument("--max-new-tokens", type=int, default=96, help="tokens that an agent may write, with --backbone (default 96)")
-    e.add_argument("--seed", type=int, default=0, help="of the sample")
-    _add_model_arguments(e)
-    r = sub.add_parser("reproduce", help="the paper's ablation in the micro-world")
-    r.set_defaults(run=reproduce_command)
-    r.add_argument("--out", required=True, help="directory to write; a second call goes on where it was")
-    r.add_argument("--arms", nargs="+", help="some of the arms (default: all 17)")
-    r.add_argument("--seeds", type=int, default=5, help="runs of each arm (default 5)")
-    r.add_argument("--workers", type=int, help="processes (default: one a core)")
-    for flag, value, text in (("--steps", 40, "joint steps"), ("--episodes-per-step", 8, "episodes per step"), ("--group-size", 8, "rollouts per episode"), ("--eval-episodes", 400, "held-out episodes")):
-        r.add_argument(flag, type=int, default=value, help=f"{text} (default {value})")
-    r.add_argument("--lr", type=float, default=6e-4, help="learning rate (default 6e-4)")
+from .answer import add_answer
+from .evaluate import add_eval
+from .reproduce import add_reproduce
+from .train import add_train
+from .warm_start import add_warm_start
 
 # %% ../../nbs/source/cli/07_comam.ipynb #5e2f35f1
 def parser()->argparse.ArgumentParser:
     "The command line of `comam`."
-    p = argparse.ArgumentParser(prog="comam", description="Three agents that build and use a personal memory, trained jointly.")
+    p = argparse.ArgumentParser(
+        prog="comam", description="Three agents that build and use a personal memory, trained jointly.")
     p.add_argument("--version", action="version", version=__version__)
     sub = p.add_subparsers(required=True, metavar="COMMAND")
-    _train_parser(sub)
-    a = sub.add_parser("answer", help="build the memory of a chat log and answer a question from it")
-    a.set_defaults(run=answer)
-    a.add_argument("--backbone", required=True, help="model directory, .gguf file or hub id")
-    a.add_argument("--history", required=True, help="chat log: JSON, JSONL or ChatML text; or locomo:FILE, personamem:QUESTIONS,CONTEXTS")
-    a.add_argument("--query", required=True, help="the question")
-    a.add_argument("--options", nargs="+", help="answers to choose from")
-    a.add_argument("--adapters", help="weights directory of a training run")
-    a.add_argument("--memory", help="file to keep the memory in (default: RAM)")
-    a.add_argument("--user", default="user", help="whose memory, and whose history in a file of several users (default user)")
-    a.add_argument("--batch-size", type=int, default=16, help="sessions that are read side by side, for memory and speed (default 16)")
-    a.add_argument("--max-new-tokens", type=int, default=192, help="tokens that an agent may write (default 192)")
-    _add_model_arguments(a)
-    _bench_parsers(sub)
-    w = sub.add_parser("warm-start", help="train the tiny policies that the micro-world starts from")
-    w.set_defaults(run=warm_start)
-    w.add_argument("--out", required=True, help="directory to write")
-    w.add_argument("--steps", type=int, default=2000, help="optimizer steps (default 2000)")
-    w.add_argument("--seed", type=int, default=5, help="default 5, the one that the package's weights were made with")
+    for add in (add_train, add_answer, add_eval, add_reproduce, add_warm_start): add(sub)
     return p
 
 # %% ../../nbs/source/cli/07_comam.ipynb #fe16ed3e
-def _fill_defaults(args):
-    kind = "microworld" if getattr(args, "data", None) == "microworld" else "llm"
-    if args.run is not train: return
-    for k, v in DEFAULTS[kind].items():
-        if getattr(args, k) is None: setattr(args, k, v)
-    if args.eval_episodes is None: args.eval_episodes = 500 if kind == "microworld" else 8
-    if args.eval_batch is None: args.eval_batch = 256 if kind == "microworld" else 4
-    for k in ("steps", "episodes_per_step", "eval_episodes", "max_new_tokens", "micro_batches"):
-        if getattr(args, k) < 1: raise CommandError(f"--{k.replace('_', '-')} must be at least 1, not {getattr(args, k)}")
-    if args.temperature <= 0: raise CommandError(f"--temperature must be above 0, not {args.temperature}: a greedy group is G times the same rollout, and nothing can be learnt from it")
+_QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 def main(
-    argv:list|None=None, # arguments; None takes sys.argv
-)->int: # 0; 2 for bad input; 1 where another process of the run was lost
+    argv:Sequence[str]|None=None, # arguments; None takes sys.argv
+)->int: # 0; 2 for bad input; 130 after Ctrl-C; 1 where another process of the run was lost
     "The entry point of `comam`."
     args, others = parser().parse_args(argv), int(os.environ.get("RANK", 0)) > 0
+    def say(line):
+        if not others: print(f"comam: {line}", file=sys.stderr, flush=True)
     if others: sys.stdout = open(os.devnull, "w") # one of several processes: the first one speaks for all
-    try:
-        _fill_defaults(args)
-        for name, value in (("TOKENIZERS_PARALLELISM", "false"), ("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1")): os.environ.setdefault(name, value)
-        import warnings
-        warnings.filterwarnings("ignore", category=UserWarning) # of libraries; ours are errors or printed lines
-        return args.run(args)
+    for name, value in _QUIET.items(): os.environ.setdefault(name, value)
+    for kind in (UserWarning, FutureWarning): # of libraries; ours are errors or printed lines
+        warnings.filterwarnings("ignore", category=kind)
+    try: return args.run(args)
+    except KeyboardInterrupt as e:
+        say(str(e) or "stopped")
+        return 130
     except (ValueError, OSError) as e:
-        if not isinstance(e, OSError) and not type(e).__module__.startswith("comam_nb"): raise # a bug of ours: show all of it
-        if not others: print(f"comam: {e}", file=sys.stderr)
+        # a bug of ours: show all of it
+        if not isinstance(e, OSError) and not type(e).__module__.startswith("comam_nb"): raise
+        say(e)
         return 2
     except RuntimeError as e:
         if type(e).__name__ != "LostProcess": raise
-        print(f"comam: {e}, with the same command and --resume" if "Go on" in str(e) else f"comam: {e}", file=sys.stderr, flush=True)
+        more = ", with the same command and --resume" if "Go on" in str(e) else ""
+        print(f"comam: {e}{more}", file=sys.stderr, flush=True) # any process may be the one that noticed
         return 1

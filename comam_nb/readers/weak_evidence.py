@@ -11,15 +11,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ..base.words import content_words
 from ..data import Episode, Message
-from ..rewards import content_words
 
 # %% ../../nbs/source/readers/06_weak_evidence.ipynb #5d211950
+_COLUMNS = ("distance_to_ref_in_tokens", "context_length_in_tokens", "context_length_in_letters")
+
 def _located(
     episode:Episode, # from read_personamem, with the full history
 )->int|None: # index into episode.turns, or None without usable columns
     "Where PersonaMem's distance columns point to."
-    try: distance, tokens, letters = (int(episode.meta[k]) for k in ("distance_to_ref_in_tokens", "context_length_in_tokens", "context_length_in_letters"))
+    try: distance, tokens, letters = (int(episode.meta[k]) for k in _COLUMNS)
     except (KeyError, TypeError, ValueError): return None
     if not 0 < distance <= tokens: return None
     size = lambda m: len(m.content) + (len(m.role) + 2 if m.role != "system" else 0)      # "User: " is 6 letters
@@ -33,15 +35,16 @@ def _located(
 
 # %% ../../nbs/source/readers/06_weak_evidence.ipynb #6a044d6f
 def _shared_words(
-    wanted:str, # question and right answer
+    wanted:str, # question and right answer, one a line
     turns:Sequence[Message], # candidates
     among:Sequence[Message], # turns over which rarity is counted
-)->list: # a score for each candidate
+)->list[float]: # a score for each candidate
     "Weight of the words that turns share with a text, rare words counting more."
     df = Counter(w for m in among for w in content_words(m.content))
     rarity = lambda w: math.log((len(among) + 1) / (df[w] + 0.5))
-    words = Counter(w for part in wanted.split("\n") for w in content_words(part))       # a word in both parts counts twice
-    return [sum(words[w] * rarity(w) for w in t & words.keys()) / math.sqrt(len(t) or 1) for t in (content_words(m.content) for m in turns)]
+    words = Counter(w for part in wanted.split("\n") for w in content_words(part)) # a word in both parts counts twice
+    score = lambda t: sum(words[w] * rarity(w) for w in t & words.keys()) / math.sqrt(len(t) or 1)
+    return [score(content_words(m.content)) for m in turns]
 
 # %% ../../nbs/source/readers/06_weak_evidence.ipynb #b62d235c
 def weak_evidence(
@@ -52,10 +55,14 @@ def weak_evidence(
     "Weak evidence from PersonaMem's distance columns and the words of the right option. Not in the paper."
     if episode.evidence_kind == "gold": return episode
     turns, at = episode.turns, _located(episode)
-    users = [m for m in turns if m.role == "user"] or turns
-    near = users if at is None else [m for m in users if turns[max(0, at - window)].turn <= m.turn <= turns[min(at + window, len(turns) - 1)].turn]
-    option = episode.options["abcdefghijklmnopqrstuvwxyz".index(episode.answer)] if episode.options and episode.answer else episode.answer
-    scores = _shared_words(episode.query.text.replace("\n", " ") + "\n" + option.replace("\n", " "), near, users)
+    users = near = [m for m in turns if m.role == "user"] or turns
+    if at is not None:
+        first, last = turns[max(0, at - window)].turn, turns[min(at + window, len(turns) - 1)].turn
+        near = [m for m in users if first <= m.turn <= last]
+    answer = episode.answer
+    if episode.options and answer: answer = episode.options[ord(answer) - ord("a")]
+    wanted = episode.query.text.replace("\n", " ") + "\n" + answer.replace("\n", " ")
+    scores = _shared_words(wanted, near, users)
     best = sorted(zip(near, scores), key=lambda x: (-x[1], x[0].turn))[:keep]
     found = frozenset(m.turn for m, score in best if score > 0 or at is not None)
     return replace(episode, evidence=found, evidence_kind="weak") if found else episode

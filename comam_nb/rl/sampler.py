@@ -6,22 +6,26 @@
 __all__ = ['PrioritySampler']
 
 # %% ../../nbs/source/rl/07_sampler.ipynb #2f879c30
-import random
+import json, random
+from collections.abc import Sequence
+from pathlib import Path
 
 from ..base.errors import CreditError
+from ..base.files import write_json
 
 # %% ../../nbs/source/rl/07_sampler.ipynb #d35495ce
 class PrioritySampler:
-    "Chooses episodes that taught something when they were last rolled out; one per run, with several processes an equal copy in each."
+    "Chooses episodes that taught something when they were last rolled out; one per run, an equal copy in each process."
     def __init__(self,
         n:int, # episodes to choose from
         decay:float=0.9, # lambda, per step
         power:float=1.0, # kappa; 0 chooses all alike
         epsilon:float=0.02, # so that no episode is given up
-        seed:int=0,
+        seed:int=0, # of the choice
     ):
         self.n, self.decay, self.power, self.epsilon, self.t = n, decay, power, epsilon, 0
-        self.known, self.mean, self.highest, self.rng = {}, 0.0, 1.0, random.Random(seed) # known: episode -> (priority, step)
+        self.known, self.mean, self.highest = {}, 0.0, 1.0 # known: episode -> (priority, step)
+        self.rng = random.Random(seed)
 
     def priority(self, e:int)->float:
         "p_e(t) of one episode."
@@ -29,15 +33,42 @@ class PrioritySampler:
         p, seen = self.known[e]
         return self.mean + (p - self.mean) * self.decay ** (self.t - seen)
 
-    def choose(self, k:int)->list:
-        "k episode numbers, drawn without replacement. Raises `CreditError` if there are fewer."
+    def choose(self, k:int)->list[int]:
+        """k episode numbers, drawn without replacement (Efraimidis and Spirakis 2006).
+        Raises `CreditError` if there are fewer."""
         if k > self.n: raise CreditError(f"{k} episodes a step, but only {self.n} to choose from")
         weight = lambda e: (self.priority(e) + self.epsilon) ** self.power
-        return sorted(range(self.n), key=lambda e: self.rng.random() ** (1 / weight(e)), reverse=True)[:k] # Efraimidis and Spirakis 2006
+        return sorted(range(self.n), key=lambda e: self.rng.random() ** (1 / weight(e)), reverse=True)[:k]
 
-    def update(self, episodes:list, signals:list):
+    def update(self, episodes:Sequence[int], signals:Sequence[float])->None:
         "What the groups of these episodes had to teach; one step is over."
         self.t += 1
         for e, p in zip(episodes, signals): self.known[e] = (p, self.t)
         self.mean = sum(p for p, _ in self.known.values()) / len(self.known)
         self.highest = max(p for p, _ in self.known.values())
+
+    def state_dict(self)->dict:
+        "All that a resumed run needs, ready for JSON."
+        version, numbers, gauss = self.rng.getstate()
+        return {"n": self.n, "t": self.t, "known": [[e, p, seen] for e, (p, seen) in self.known.items()],
+                "mean": self.mean, "highest": self.highest, "rng": [version, list(numbers), gauss]}
+
+    def load_state_dict(self, state:dict)->None:
+        "Go on from `state_dict`. Raises `CreditError` if it is about another number of episodes."
+        if state["n"] != self.n:
+            raise CreditError(f"the sampler's state is of {state['n']} episodes, not {self.n}: resume with those")
+        self.t, self.mean, self.highest = state["t"], state["mean"], state["highest"]
+        self.known = {e: (p, seen) for e, p, seen in state["known"]}
+        version, numbers, gauss = state["rng"]
+        self.rng.setstate((version, tuple(numbers), gauss))
+
+    def save(self, checkpoint:str|Path)->None:
+        "Write the state into a checkpoint's folder."
+        write_json(Path(checkpoint) / "sampler.json", self.state_dict())
+
+    def load(self, checkpoint:str|Path)->None:
+        "Read it again. Raises `CreditError` if the checkpoint has none."
+        path = Path(checkpoint) / "sampler.json"
+        if not path.exists():
+            raise CreditError(f"{path}: no such file: the checkpoint of a run without a sampler; go on without one")
+        self.load_state_dict(json.loads(path.read_text(encoding="utf-8")))

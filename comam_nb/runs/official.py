@@ -8,15 +8,17 @@ __all__ = ['parse_choice', 'official_score', 'Question', 'read_questions']
 # %% ../../nbs/source/runs/03_official.ipynb #b5fb1468
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..data import Query
-from ..readers.personamem import PERSONAMEM_KINDS, csv_rows, option_letter, parse_options
+from ..readers.personamem import PERSONAMEM_KINDS
+from ..readers.reading import csv_rows, option_letter, parse_options
 
 # %% ../../nbs/source/runs/03_official.ipynb #17105ad1
 def parse_choice(
     text:str, # a reply, or a part of it
     letters:str="abcd", # letters on offer
-)->set: # the letters that it names
+)->set[str]: # the letters that it names
     "Letters in round brackets, else letters that stand alone (PersonaMem's official parser)."
     text = text.lower()
     return set(re.findall(rf"\(([{letters}])\)", text) or re.findall(rf"\b([{letters}])\b", text))
@@ -36,20 +38,23 @@ def official_score(
 class Question:
     "A multiple-choice question without its history."
     query:Query # text, id, kind
-    options:tuple # texts without letters
+    options:tuple[str, ...] # texts without letters
     answer:str # the right letter
     user:str="" # whose
     id:str=""
-    meta:dict=field(default_factory=dict, hash=False)
+    meta:dict=field(default_factory=dict, hash=False) # `label`: the file's question type; `distance_to_ref_in_blocks`
+
+_COLUMNS = ("persona_id", "question_id", "question_type", "user_question_or_message", "correct_answer", "all_options")
 
 def read_questions(
-    path, # PersonaMem v1, questions_*.csv
-)->list: # of `Question`, all rows
+    path:str|Path, # PersonaMem v1, questions_*.csv
+)->list[Question]: # all rows
     "The questions of PersonaMem, without contexts. Raises `DataError` with the line of a broken row."
-    columns, out = ("persona_id", "question_id", "question_type", "user_question_or_message", "correct_answer", "all_options"), []
-    for where, r in csv_rows(path, columns):
+    out = []
+    for where, r in csv_rows(path, _COLUMNS):
         options, label = parse_options(r["all_options"], where), r["question_type"]
         query = Query(r["user_question_or_message"], r["question_id"], PERSONAMEM_KINDS.get(label, label))
-        out.append(Question(query, options, option_letter(r["correct_answer"], options, where), r["persona_id"], r["question_id"],
-                            dict(label=label, distance_to_ref_in_blocks=r.get("distance_to_ref_in_blocks", ""))))
+        answer = option_letter(r["correct_answer"], options, where)
+        meta = dict(label=label, distance_to_ref_in_blocks=r.get("distance_to_ref_in_blocks", ""))
+        out.append(Question(query, options, answer, r["persona_id"], r["question_id"], meta))
     return out

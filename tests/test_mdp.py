@@ -1,0 +1,128 @@
+"""comam_nb.agents and comam_nb.mdp: what travels with a state, what a parser may see, files that are whole."""
+import json
+from dataclasses import replace
+
+import pytest
+
+from comam_nb.agents import Action, ExtractionAgent, Note, ProfileAgent, RetrievalAgent, act, nearest
+from comam_nb.base.embedders import HashingEmbedder
+from comam_nb.base.errors import DataError
+from comam_nb.data import Query, example_episode
+from comam_nb.mdp import (AGENTS, MemoryMDP, Scripted, State, Trajectory, example_agents, example_group,
+                          read_trajectories, rollout, write_trajectories)
+
+class Counting(HashingEmbedder):
+    "Remembers what it was asked to embed."
+    def __init__(self): super().__init__(); self.asked = []
+    def __call__(self, texts): self.asked.append(list(texts)); return super().__call__(texts)
+
+def team(embedder, k=1):
+    agents = example_agents()
+    agents["retrieval"] = RetrievalAgent(agents["retrieval"].policy, k=k, embedder=embedder)
+    return agents
+
+# ---------------------------------------------------------------- candidates are looked up once
+
+def test_a_group_asks_the_embedder_once():
+    embedder = Counting()
+    [group] = rollout(team(embedder), [example_episode()], G=8)
+    assert len(embedder.asked) == 1 # once for the prompt and once for the parser of each large memory before: 12
+    [texts] = embedder.asked
+    assert len(texts) == len(set(texts)) and texts.count("What is my favourite drink?") == 1
+    assert all(t["retrieval"].state.shown is not None for t in group)
+
+def test_what_is_shown_is_what_was_looked_up_alone():
+    "Looking for eight states at once finds what looking for each of them finds."
+    agents = team(Counting(), k=2)
+    groups = rollout(agents, [example_episode(), replace(example_episode(), query=Query("Where do I work?"))], G=4)
+    for t in (t for g in groups for t in g):
+        state = replace(t["retrieval"].state, shown=None)
+        notes = (*state.fine, *state.coarse)
+        alone = tuple(notes[i] for i in nearest(notes, state.query.text, 2, HashingEmbedder()))
+        assert t["retrieval"].state.shown == alone == agents["retrieval"].candidates(state)
+        assert t["retrieval"].prompt == agents["retrieval"].prompt(state)
+
+def test_several_questions_to_one_memory_embed_it_once():
+    embedder, notes = Counting(), tuple(Note(f"Fact {i}.", (i,)) for i in range(30))
+    states = [State(2, fine=notes, query=Query(q)) for q in ("Fact 3?", "Fact 4?", "Fact 3?")]
+    agent = RetrievalAgent(Scripted([""]), k=2, embedder=embedder)
+    act(agent, states)
+    assert len(embedder.asked) == 1 and sorted(embedder.asked[0]) == sorted([*(n.text for n in notes), "Fact 3?",
+        "Fact 4?"])
+
+def test_looking_up_twice_asks_once_and_a_small_memory_never():
+    embedder, agent = Counting(), None
+    agent = RetrievalAgent(k=1, embedder=embedder)
+    state = State(2, fine=(Note("Tea."), Note("Cat.")), query=Query("Drink tea?"))
+    [seen] = agent.look_up([state])
+    assert agent.look_up([seen]) == [seen] and seen.shown == (Note("Tea."),) and len(embedder.asked) == 1
+    agent.prompt(seen), agent.parse("", seen)
+    assert len(embedder.asked) == 1
+    [small] = RetrievalAgent(k=2, embedder=embedder).look_up([state])
+    assert small.shown == state.fine and len(embedder.asked) == 1
+
+def test_what_was_shown_is_no_part_of_the_decision_process():
+    a, b = State(2, query=Query("?")), State(2, query=Query("?"), shown=(Note("x"),))
+    assert a == b and hash(a) == hash(b) and "shown" not in repr(b)
+
+# ---------------------------------------------------------------- trajectories as files
+
+def test_a_trajectory_survives_json():
+    for t in example_group():
+        t["profile"].reward, t.answer_reward = 0.25, 1.0
+        assert Trajectory.from_json(json.loads(json.dumps(t.to_json()))) == t
+
+def test_an_intervention_is_replayed():
+    perfect = lambda episode, agent, state, action: Action(notes=(Note("Tea.", (7,)),
+        )) if agent == "extraction" else action
+    [group] = rollout(example_agents(), [example_episode()], G=2, intervene=perfect)
+    back = Trajectory.from_json(group[1].to_json(), perfect)
+    assert back == group[1] and back["profile"].state.fine == (Note("Tea.", (7,)),)
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "group.jsonl"
+    write_trajectories(path, example_group())
+    before = path.read_bytes()
+    with pytest.raises(AttributeError): write_trajectories(path, [*example_group(), "no trajectory"])
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["group.jsonl"]
+    assert read_trajectories(path) == example_group()
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"episode": {}}', '{"transitions": []}'])
+def test_a_broken_line_is_named(tmp_path, line):
+    path = write_trajectories(tmp_path / "group.jsonl", example_group()[:1])
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(DataError, match="line 2: not a trajectory"): read_trajectories(path)
+
+# ---------------------------------------------------------------- the process itself
+
+def test_three_steps_and_the_end():
+    mdp = MemoryMDP(example_episode())
+    s = mdp.reset()
+    for name in AGENTS:
+        assert s.agent == name and not s.done
+        s = mdp.step(s, Action())
+    assert s.done and s.agent is None
+    with pytest.raises(ValueError, match="over"): mdp.step(s, Action())
+
+# ---------------------------------------------------------------- thinking is not acting
+
+THOUGHTS = ["<think>\n{0}\n</think>\n", "{0}\n</think>\n", "<think>{0}</think> <think>{0}</think>"]
+
+@pytest.mark.parametrize("thought", THOUGHTS)
+def test_what_is_thought_is_not_answered_or_cited(thought):
+    "Both would count before: the first <final_answer> of the whole text was taken, and every [n] before a note."
+    wrong = "Perhaps <information> [1] </information> <final_answer> coffee </final_answer>? No, see [2]."
+    right = "<information> [2] </information> <final_answer> tea </final_answer>"
+    state = State(2, fine=(Note("coffee", (3,)), Note("tea", (7,))), query=Query("What?"))
+    [[d]] = act(RetrievalAgent(Scripted([thought.format(wrong) + right])), [state])
+    assert d.action == Action(evidence=frozenset({7}), answer="tea", used=(2,))
+    assert d.sample.text == thought.format(wrong) + right # what was sampled is what is trained
+
+    [[d]] = act(ExtractionAgent(Scripted([thought.format("Drinks coffee. [3]") + "Drinks tea. [7]"])),
+                [MemoryMDP(example_episode()).reset()])
+    assert d.action == Action(notes=(Note("Drinks tea.", (7,)),))
+
+def test_a_thought_that_was_cut_off_says_nothing():
+    state = State(1, fine=(Note("Drinks tea.", (7,)),))
+    [[d]] = act(ProfileAgent(Scripted(["<think>Likes tea. [1]"])), [state])
+    assert d.action == Action()
