@@ -10,16 +10,16 @@ from comam_nb.base.errors import BackboneError
 from comam_nb.lm.backbone import load_backbone
 from comam_nb.memcollab.contrast import parse_constraints
 from comam_nb.checks.constraints import validate
-from comam_nb.worlds.schools import (_CHOICES, HABITS, INVARIANTS, MODELS, _OPERATIONS, HANDWRITING, TOPICS, _ask,
+from comam_nb.worlds.schools import (_CHOICES, _HABITS, INVARIANTS, _MODELS, _OPERATIONS, HANDWRITING, TOPICS, _ask,
                                      demo_solvers, demo_tokenizer, _demonstration, _draw_task, example, _is_held_out,
                                      lesson, _load_demo, make_tasks, _probe, _procedure, _steps, stock_phrases,
-                                     _train_demo, _values_in, write_trace)
+                                     _train_demo, _values_in, _write_trace)
 from comam_nb.checks.code_answers import check
 from comam_nb.memcollab.attempts import solve, with_memory
 
 WEIGHTS = Path(comam_nb.__file__).parent / "weights" / "memcollab_demo"
 seeds = st.integers(0, 10**9)
-of_category, of_topic, of_model = st.sampled_from(list(INVARIANTS)), st.sampled_from(TOPICS), st.sampled_from(MODELS)
+of_category, of_topic, of_model = st.sampled_from(list(INVARIANTS)), st.sampled_from(TOPICS), st.sampled_from(_MODELS)
 
 
 def truth(category, values):
@@ -47,12 +47,12 @@ def test_a_written_solution_is_read_back_as_it_was_meant_in_every_hand(seed, mod
     task = _draw_task(rng)
     inv = INVARIANTS[task.category]
     choice = inv.enforce if right else inv.avoid
-    text = write_trace(model, task, choice, rng)
+    text = _write_trace(model, task, choice, rng)
     did = _procedure(task, text)
     assert (did.choice, did.right, did.exact) == (choice, right, True) and set(did.operations) <= set(_OPERATIONS)
     assert check(task, text).passed == right
-    assert choice in stock_phrases(text) and not stock_phrases(text) & set(HANDWRITING[MODELS[1
-        - MODELS.index(model)]].phrases)
+    assert choice in stock_phrases(text) and not stock_phrases(text) & set(HANDWRITING[_MODELS[1
+        - _MODELS.index(model)]].phrases)
 
 
 @settings(max_examples=100, deadline=None)
@@ -65,7 +65,7 @@ def test_garbage_is_no_procedure(seed, text):
 
 def test_a_slip_is_seen():
     task = _draw_task(random.Random(1), "adding a total")
-    text = write_trace("llama", task, "keep repeats", random.Random(1))
+    text = _write_trace("llama", task, "keep repeats", random.Random(1))
     assert _procedure(task, text).exact
     total = task.check["answer"]
     assert not _procedure(task, text.replace(f"answer is {total}", f"answer is {int(total) + 1}")).exact
@@ -91,7 +91,7 @@ def test_every_operation_is_right_in_one_category_and_wrong_in_one_other():
 
 
 def test_each_agent_is_strong_where_the_other_is_weak():
-    a, b = HABITS["llama"], HABITS["neox"]
+    a, b = _HABITS["llama"], _HABITS["neox"]
     assert sum(a[c] > .8 and b[c] < .2 for c in a) == sum(b[c] > .8 and a[c] < .2 for c in a) == 3
     assert sum(abs(a[c] - .5) < .01 and abs(b[c] - .5) < .01 for c in a) == 2
 
@@ -105,7 +105,7 @@ def test_a_lesson_survives_the_parser_and_the_validator(category, topic, is_true
 
 def test_the_tokenizer_reads_everything_of_the_world_and_leaves_out_the_rest():
     tok, rng = demo_tokenizer(), random.Random(0)
-    for m in MODELS:
+    for m in _MODELS:
         for _ in range(200): assert tok.unk_token_id not in tok("".join(_demonstration(m, rng))).input_ids
     task = make_tasks(1)[0]
     bare, framed = tok(task.prompt).input_ids, tok(f"Good morning! Kindly consider this.\n\n{task.prompt}").input_ids
@@ -121,7 +121,7 @@ def test_the_notebooks_tokenizer_is_the_shipped_one():
 
 
 def test_all_six_agents_ship_small_and_without_pickle():
-    assert {f.name for f in WEIGHTS.iterdir()} == {f"{m}{s}" for m in MODELS for s in range(3)}
+    assert {f.name for f in WEIGHTS.iterdir()} == {f"{m}{s}" for m in _MODELS for s in range(3)}
     files = [f for f in WEIGHTS.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) < 3_000_000 and {f.suffix for f in files} <= {".json", ".safetensors",
         ".jinja"}
@@ -138,10 +138,10 @@ def test_an_unknown_seed_is_refused_in_one_line():
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("which", range(2), ids=MODELS)
+@pytest.mark.parametrize("which", range(2), ids=_MODELS)
 def test_the_agents_know_their_trade(seed, which):
     "Habits as designed, lessons followed whether true or false, own examples followed, few slips."
-    model, agent, tasks = MODELS[which], _load_demo(seed)[which], make_tasks(200, 11, held_out=True)
+    model, agent, tasks = _MODELS[which], _load_demo(seed)[which], make_tasks(200, 11, held_out=True)
     at = {p.condition: p for p in _probe(model, agent, tasks, ("nothing", "true lesson", "false lesson", "true + 8",
         "false + 8", "own right", "own wrong"))}
     assert at["true lesson"].right > .9 and at["false lesson"].right < .1
@@ -149,7 +149,7 @@ def test_the_agents_know_their_trade(seed, which):
     assert at["own right"].right > .85 and at["own wrong"].right < .15
     assert .4 < at["nothing"].right < .62
     assert at["nothing"].exact > .92
-    strong = [c for c in INVARIANTS if HABITS[model][c] > .8]; weak = [c for c in INVARIANTS if HABITS[model][c] < .2]
+    strong = [c for c in INVARIANTS if _HABITS[model][c] > .8]; weak = [c for c in INVARIANTS if _HABITS[model][c] < .2]
     mean = lambda cs: sum(at["nothing"].by_category[c] for c in cs) / 3
     assert mean(strong) > .7 and mean(weak) < .3
 
@@ -167,7 +167,7 @@ def test_solvers_are_reproducible_and_write_their_own_hand():
     one, two = (solve(tasks, demo_solvers(1)) for _ in range(2))
     assert [t.text for t in one] == [t.text for t in two]
     for t in one:
-        foreign = set(HANDWRITING[MODELS[1 - MODELS.index(t.solver)]].phrases)
+        foreign = set(HANDWRITING[_MODELS[1 - _MODELS.index(t.solver)]].phrases)
         assert not stock_phrases(t.text) & foreign and not t.error
 
 

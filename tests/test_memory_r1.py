@@ -9,9 +9,9 @@ from hypothesis import given, settings, strategies as st
 from comam_nb.agents import Note, ProfileAgent
 from comam_nb.data import Query, example_episode
 from comam_nb.mdp import AGENTS, Scripted, State, rollout
-from comam_nb.systems.memory_r1 import (_MEMORY_WORLD, _OPERATIONS, ManagerAgent, _MemoryAnswerAgent, MemoryR1,
+from comam_nb.systems.memory_r1 import (_MEMORY_WORLD, _OPERATIONS, _ManagerAgent, _MemoryAnswerAgent, MemoryR1,
                                         _MicroManager, _Operation, _SessionExtraction, _Told, _answer_only, _carry_out,
-                                        _manager_demonstrations, memory_r1_agents, memory_r1_trainer, _micro_team,
+                                        _manager_demonstrations, memory_r1_agents, _memory_r1_trainer, _micro_team,
                                         _read_operations, _renumber)
 from comam_nb.microworld import make_episodes
 
@@ -47,7 +47,7 @@ def test_news_is_what_the_last_session_said():
     agent = _SessionExtraction(Scripted([""]))
     action = agent.parse("Has a cat. [1]\nDrinks tea. [7]\nNo citation.", State(0, history=example_episode().history))
     assert [n.news for n in action.notes] == [False, True, True]
-    memory, facts = ManagerAgent().split(State(1, fine=action.notes, coarse=(Note("Old.", (2,)),)))
+    memory, facts = _ManagerAgent().split(State(1, fine=action.notes, coarse=(Note("Old.", (2,)),)))
     assert [n.text for n in memory] == ["Old.", "Has a cat."] and len(facts) == 2
 
 def test_the_answer_agent_reads_only_what_the_manager_kept():
@@ -63,7 +63,7 @@ def test_demonstrations_are_well_formed_and_in_the_vocabulary():
 def test_training_leaves_the_extraction_agent_alone(tmp_path):
     team = _micro_team(); model = team["profile"].policy.model
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
-    memory_r1_trainer(team, make_episodes(_MEMORY_WORLD, 2), 1, tmp_path, episodes_per_step=2, num_generations=4).train()
+    _memory_r1_trainer(team, make_episodes(_MEMORY_WORLD, 2), 1, tmp_path, episodes_per_step=2, num_generations=4).train()
     for k, p in model.named_parameters():
         if not any(f".{n}." in k for n in ("profile", "retrieval")): assert torch.equal(p, before[k]), k
 
@@ -90,7 +90,7 @@ def test_the_log_behind_the_plot_is_whole():
 
 def test_a_long_session_is_managed_piece_by_piece_with_every_fact_seen():
     texts = ["".join(f"fact {i} [{i % 4 + 1}]\n" for i in range(9))]
-    kinds = {"extraction": _SessionExtraction(Scripted(texts)), "profile": ManagerAgent(Scripted(["NOOP"]), budget=4),
+    kinds = {"extraction": _SessionExtraction(Scripted(texts)), "profile": _ManagerAgent(Scripted(["NOOP"]), budget=4),
              "retrieval": _MemoryAnswerAgent(Scripted([""]))}
     system = MemoryR1(kinds)
     system.observe(example_episode().history[0])

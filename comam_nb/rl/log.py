@@ -18,7 +18,7 @@ from ..mdp import AGENTS
 # %% ../../nbs/source/rl/03_log.ipynb #c0a7212f
 def log_step(
     metrics:Mapping[str, list[float]], # TRL's, name -> values since the last line; gets one value more of each entry
-    step:Any, # what was rolled out: groups [E][G] of `Trajectory`, local [E, 3, G], answers [E, G], credit; see `Rollouts`
+    step:Any, # `Rollouts`: groups [E][G] of `Trajectory`, local [E, 3, G], answers [E, G], credit
     agents:Mapping[str, Agent], # by name, for how much each may write
     gather:Callable[[torch.Tensor], torch.Tensor]=lambda x: x, # a process's tensor -> all processes', by episode
 )->None:

@@ -103,8 +103,8 @@ def _record_row(r, lost):
 def browse(
     cases:Sequence[Any], # of `Trajectory`, or of a run's records
     limit:int=20, # rows shown
-    matcher:Callable=by_citation, # see `lost_by`
-    profile_needed:Callable[[Episode], bool]=_needs_profile, # see `lost_by`
+    matcher:Callable=by_citation, # see `_lost_by`
+    profile_needed:Callable[[Episode], bool]=_needs_profile, # see `_lost_by`
 )->_Cases: # a table, as HTML in a notebook and as text when printed
     "The wrong answers, and where each fact was lost."
     if cases and isinstance(cases[0], Trajectory):
@@ -117,7 +117,7 @@ def browse(
 
 def loss_counts(
     cases:Sequence[Any], # of `Trajectory`, or of a run's records
-    **kwargs:Callable, # see `lost_by`
+    **kwargs:Callable, # see `_lost_by`
 )->tuple[np.ndarray, list[str], list[str]]: # matrix [stations, question types], names of stations, names of types
     "How many facts each station lost in each question type; ready for `plot_heat`."
     if cases and isinstance(cases[0], Trajectory):

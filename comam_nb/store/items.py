@@ -293,7 +293,7 @@ class _Hit:
         "As JSON."
         return {"item": self.item.to_json(), "score": self.score}
     @classmethod
-    def from_json(cls, d:dict)->"Hit":
+    def from_json(cls, d:dict)->"_Hit":
         "From JSON."
         return cls(MemoryItem.from_json(d["item"]), d["score"])
     def __repr__(self): return f"{self.score:.3f} {self.item!r}"

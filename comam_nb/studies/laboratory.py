@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAB_WORLDS', 'LAB_SCHEMES', 'shapley', 'contributions', 'counterfactual', 'DifferenceRewards', 'read_groups',
-           'scheme_weights', 'measure_schemes', 'read_curves', 'learning_curves']
+           'save_groups', 'scheme_weights', 'measure_schemes', 'read_curves', 'learning_curves']
 
 # %% ../../nbs/source/studies/03_laboratory.ipynb #5f565a9e
 import json, math, multiprocessing, tempfile, time, warnings
@@ -320,7 +320,7 @@ def read_groups(
         raise DataError(f"{path}, line {number}: not saved groups ({why}): make them with save_groups") from e
 
 # %% ../../nbs/source/studies/03_laboratory.ipynb #aa646d09
-def _save_groups(
+def save_groups(
     folder:str|Path, # gets one file per world, laboratory_groups_WORLD.jsonl; those that exist are left alone
     worlds:Sequence[str]=tuple(LAB_WORLDS), # names
     episodes:int=24, # held out

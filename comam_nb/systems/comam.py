@@ -6,7 +6,7 @@
 __all__ = ['CoMAMSystem']
 
 # %% ../../nbs/source/systems/07_comam.ipynb #bde24aca
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..agents import Agent, Note
 from ..base.errors import DataError
@@ -30,12 +30,12 @@ class CoMAMSystem(MemorySystem):
         self.assistant = Assistant(agents, store, user, self.temperature, self.k)
         self.usage = self.assistant.usage
     def observe(self, session:Session)->None: self.observe_all([session])
-    def observe_all(self, sessions:Sequence[Session], batch_size:int=16)->None:
+    def observe_all(self, sessions:Iterable[Session], batch_size:int=16)->None:
         self.sessions += len(self.assistant.observe_all(sessions, batch_size))
     def memory(self)->tuple[Note, ...]:
         held = [i for g in ("fine", "coarse") for i in self.assistant.store.items(self.assistant.user, g)]
         return tuple(Note(i.text, tuple(i.cites)) for i in held)
-    def answer(self, query:str|Query, options:tuple[str, ...]|None=None)->Answer:
+    def answer(self, query:str|Query, options:Sequence[str]|None=None)->Answer:
         if not self.sessions:
             raise DataError(f"{self.name}: the history is empty: observe a session before the first question")
         reply = self.assistant.answer(query if isinstance(query, str) else query.text, options)

@@ -111,7 +111,7 @@ class _LocalServer:
     def close(self)->None:
         "Stop serving."
         self.http.shutdown(); self.http.server_close()
-    def __enter__(self)->"LocalServer": return self
+    def __enter__(self)->"_LocalServer": return self
     def __exit__(self, *exc:Any)->None: self.close()
 
 # %% ../../nbs/source/systems/09_mem0.ipynb #f5ebe875

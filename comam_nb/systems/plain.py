@@ -37,7 +37,8 @@ def _chunks(
     size:int, # longest chunk, in the same unit
 )->list[Note]: # each cites all turns that it is made of
     "Cut a conversation into chunks; a turn that is too long is cut between words, and all its parts cite it."
-    out, text, cites = [], "", ()
+    cites:tuple[int, ...] = ()
+    out, text = [], ""
     for n in notes:
         words = n.text.split()
         while words:
