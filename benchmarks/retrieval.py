@@ -85,7 +85,7 @@ def simple(bank, query, how, s):
     return out
 
 
-def query_bank(a, found): # long: one bank and its caches are kept through all measurements
+def query_bank(a, found): # noqa: C901 (long: one bank and its caches are kept through all measurements)
     "Retrieval, single additions, and the peers."
     from comam_nb.memcollab.bank import ConstraintBank
     from comam_nb.store.lexical import _bm25_scores, tfidf_scores

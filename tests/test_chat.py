@@ -15,8 +15,8 @@ from comam_nb.lm.endpoints import EndpointChat, EndpointPool
 from comam_nb.lm.recorded import RecordingChat, ReplayChat, open_chat
 from comam_nb.mdp import State
 from comam_nb.memcollab.attempts import Solver, solve
-from test_memcollab_trajectories import Script, ask, completion, numbers, plain
-from test_memcollab_trajectories import server, servers  # noqa: F401 (fixtures)
+from fake_server import Script, ask, completion
+from test_memcollab_trajectories import numbers, plain
 
 def replies(**message):
     "A mood: a good answer with these fields in its message; `finish` and `usage` are the choice's and the body's."
@@ -187,7 +187,8 @@ def test_a_seed_that_is_not_taken_is_left_out(server):
     server.always = lambda h: h.send(422,
                                      b'{"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra '
                                      b'inputs '
-                                          b'are not permitted"}]}') if "seed" in last(h) else h.send(200, completion("well"))
+                                          b'are not permitted"}]}') if "seed" in last(h) else h.send(200,
+        completion("well"))
     with pytest.warns(UserWarning, match="this seed"): assert server.chat().chat(ask(), seed=3).text == "well"
 
 def test_what_was_asked_for_by_name_is_never_left_out(server):

@@ -284,6 +284,7 @@ def test_learning_curves_resume_where_they_stopped(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="no settings"): read_curves(tmp_path / "x.jsonl")
 
 
+@pytest.mark.slow
 def test_worker_processes_write_the_same_file(tmp_path):
     learning_curves(tmp_path / "a.jsonl", ["difference"], ["harmful"], [0], processes=0, **TINY)
     learning_curves(tmp_path / "b.jsonl", ["difference"], ["harmful"], [0], processes=1, **TINY)

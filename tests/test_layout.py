@@ -1,4 +1,4 @@
-"What CONTRIBUTING.md promises about the shape of the repository: who imports whom, what is forbidden, how notebooks look."
+"What CONTRIBUTING.md promises of the repository's shape: who imports whom, what is forbidden, how notebooks look."
 import ast
 import importlib.util
 import json
@@ -58,7 +58,7 @@ def exported_module(notebook):
     return found[0]
 
 def place(module, notebook):
-    "Where a module stands: its floor, its notebook's number and name; a source stands behind the chapter of its number."
+    "Where a module stands: floor, its notebook's number and name; a source stands behind the chapter of its number."
     floor = module if module in FLOORS else module.split(".")[0]
     assert floor in FLOORS, f"{module} stands on no floor: add it to FLOORS"
     return FLOORS.index(floor), int(notebook.name[:2]), "source" in notebook.parts, notebook.name
@@ -77,7 +77,7 @@ def imports(tree, path):
             yield from ((base, a.name) for a in node.names)
 
 def own_imports(tree, path):
-    "The same for modules of this package, without `comam_nb.`: (module, name or None where a module is imported whole)."
+    "The same for modules of this package, without `comam_nb.`: (module, name or None where it is imported whole)."
     for base, imported in imports(tree, path):
         if base.split(".")[0] != "comam_nb":
             continue
@@ -191,6 +191,12 @@ def test_no_line_of_the_package_is_too_long(path):
                          and ast.unparse(n.targets[0]) == "__all__"), (0, 0)))  # nbdev wraps __all__ its own way
     long = [l for i, l in enumerate(lines) if len(l) > MOST_CHARACTERS and i not in names and not l.startswith("# %%")]
     assert long == []
+
+BESIDE = [*(p for d in ("tests", "benchmarks", "scripts") for p in (ROOT / d).glob("*.py")), ROOT / "setup.py",
+          ROOT / ".ci" / "run"]
+@pytest.mark.parametrize("path", BESIDE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_line_beside_the_package_is_too_long(path):
+    assert [l for l in path.read_text(encoding="utf-8").splitlines() if len(l) > MOST_CHARACTERS] == []
 
 
 # ---- what runtime code may use

@@ -11,8 +11,7 @@ from comam_nb.lm.backbone import load_backbone
 from comam_nb.memcollab.contrast import parse_constraints
 from comam_nb.checks.constraints import validate
 from comam_nb.worlds.schools import (_CHOICES, _HABITS, INVARIANTS, _MODELS, _OPERATIONS, HANDWRITING, TOPICS, _ask,
-                                     demo_solvers, demo_tokenizer, _demonstration, _draw_task, example, _is_held_out,
-                                     lesson, _load_demo, make_tasks, _probe, _procedure, _steps, stock_phrases,
+                                     demo_solvers, demo_tokenizer, _demonstration, _draw_task, lesson, _load_demo, make_tasks, _probe, _procedure, _steps, stock_phrases,
                                      _train_demo, _values_in, _write_trace)
 from comam_nb.checks.code_answers import check
 from comam_nb.memcollab.attempts import solve, with_memory
@@ -137,7 +136,7 @@ def test_an_unknown_seed_is_refused_in_one_line():
     with pytest.raises(BackboneError, match="no demo agents of seed 99"): _load_demo(99)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 @pytest.mark.parametrize("which", range(2), ids=_MODELS)
 def test_the_agents_know_their_trade(seed, which):
     "Habits as designed, lessons followed whether true or false, own examples followed, few slips."

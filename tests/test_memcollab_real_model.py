@@ -1,5 +1,5 @@
 """MemCollab end to end with a real model: SmolLM2-135M under two prompts, 20 GSM8K and 10 MBPP tasks, killed once and
-resumed, through the command line. Set COMAM_REAL_MODEL=1 to run (about ten minutes on one core); with -s it prints the
+resumed, through the command line. `pytest -m slow` runs it (about ten minutes on one core); with -s it prints the
 figures, with COMAM_REAL_OUT=DIR it keeps the files. A model of this size is mostly wrong. What is tested is that the
 pipeline goes through, repeats nothing, loses nothing, and counts honestly."""
 import json, os, signal, subprocess, sys, time
@@ -10,8 +10,7 @@ import pytest
 
 from comam_nb.memcollab.attempts import load_attempts
 
-pytestmark = pytest.mark.skipif(not os.environ.get("COMAM_REAL_MODEL"),
-                                reason="minutes with a 135M model: set COMAM_REAL_MODEL=1 to run")
+pytestmark = pytest.mark.slow # minutes with a 135M model
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = "from comam_nb.cli.memcollab import main; raise SystemExit(main())"
 ROLES = ["--system", "weak", "You are a careful tutor. Write one short line for each step.", "--system", "strong",

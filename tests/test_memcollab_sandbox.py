@@ -41,8 +41,8 @@ def world(tmp_path, monkeypatch):
     secret.chmod(0o640)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path/"tmp"))
     monkeypatch.setenv("COMAM_TEST_SECRET", "sesame")
-    heard, server, datagrams = [], socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_INET,
-        socket.SOCK_DGRAM)
+    server = socket.create_server(("127.0.0.1", 0))
+    datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     datagrams.bind(("127.0.0.1", 0))
     for s in (server, datagrams): s.setblocking(False)
     yield dict(HOME=str(home), SECRET=str(secret), CALLER=os.getpid(), PORT=server.getsockname()[1],
@@ -107,7 +107,8 @@ program("builtins_replaced",
         "import builtins\nbuiltins.all = builtins.any = builtins.bool = builtins.isinstance = lambda *a: True\ndef "
         "f(x): return 0")
 program("excepthook",
-        "import sys\nsys.excepthook = lambda *a: None\nsys.unraisablehook = lambda *a: None\ndef f(x): raise ValueError")
+        "import sys\nsys.excepthook = lambda *a: None\nsys.unraisablehook = lambda *a: None\n"
+        "def f(x): raise ValueError")
 program("trace",
         "import sys\nsys.settrace(lambda fr, ev, arg: fr.f_locals.update(passed=True, reason='passed') or None)\ndef "
         "f(x): return 0")
@@ -305,14 +306,15 @@ def test_hostile_program_fails_and_leaves_nothing(code, needs, world):
 @pytest.mark.parametrize("lines, needs", ATTACKS)
 def test_hostile_script_gets_nowhere(lines, needs, world):
     need(needs)
-    code = "\n".join(f"{k} = {v!r}" for k,
-                     v in world.items()) + f"\nimport os, sys\ndef attack():\n{lines.replace('        ', '    ')}\nprint('WON' if attack() else 'lost')"
+    names, body = "\n".join(f"{k} = {v!r}" for k, v in world.items()), lines.replace("        ", "    ")
+    code = f"{names}\nimport os, sys\ndef attack():\n{body}\nprint('WON' if attack() else 'lost')"
     ran = execute(code, timeout=1, memory_mb=256)
     assert "WON" not in ran.stdout and "sesame" not in ran.stdout + ran.stderr
 
 
 def test_a_test_that_swallows_exceptions_cannot_be_used(world):
-    swallow = "ok = 0\nfor x, y in ((3, 9), (2, 4)):\n    try:\n        assert f(x) == y\n    except BaseException: pass"
+    swallow = ("ok = 0\nfor x, y in ((3, 9), (2, 4)):\n    try:\n        assert f(x) == y\n"
+               "    except BaseException: pass")
     assert run_python("def f(x): return x*x", swallow).passed
     # a refusal is remembered
     assert not run_python("class Y:\n    def __eq__(self, o): return True\ndef f(x): return Y()", swallow).passed
@@ -384,6 +386,7 @@ def wait_for(condition, seconds=10):
 
 
 # ---- honest programs
+@pytest.mark.slow
 def test_reference_solutions_of_mbpp_pass(shared):
     rows = json.loads((shared/"mbpp"/"sanitized-mbpp.json").read_text())
     run = lambda r: run_python(r["code"], {"tests": r["test_list"], "setup": "\n".join(r["test_imports"])}, timeout=30)
@@ -396,6 +399,7 @@ def humaneval(shared):
         return [json.loads(l) for l in f]
 
 
+@pytest.mark.slow
 def test_reference_solutions_of_humaneval_pass(shared):
     rows = humaneval(shared)
     run = lambda r: run_python(r["prompt"] + r["canonical_solution"], dict(test=r["test"], entry_point=r["entry_point"],
@@ -447,7 +451,14 @@ def test_exceptions_cross_the_wall():
 
 
 def test_objects_of_the_codes_own_classes():
-    code = "class Stack:\n    def __init__(self): self.items = []\n    def push(self, x): self.items.append(x); return self\n    def __len__(self): return len(self.items)\n    def __iter__(self): return iter(self.items)\n    def __getitem__(self, i): return self.items[i]\ndef top(s): return s.items[-1]"
+    code = """
+class Stack:
+    def __init__(self): self.items = []
+    def push(self, x): self.items.append(x); return self
+    def __len__(self): return len(self.items)
+    def __iter__(self): return iter(self.items)
+    def __getitem__(self, i): return self.items[i]
+def top(s): return s.items[-1]"""
     assert run_python(code, ["s = Stack()", "s.push(1); s.push((2, 'b'))",
                              "assert top(s) == (2, 'b') and s.items == [1, (2, 'b')]",
                              "assert len(s) == 2 and list(s) == [1, (2, 'b')] and s[0] == 1 and s"]).passed
@@ -537,8 +548,8 @@ def test_strange_source_text_is_no_error_of_ours(code): assert isinstance(run_py
 # ---- execute
 def test_execute():
     ran = execute("import sys\nprint('out')\nprint('err', file=sys.stderr)")
-    assert (ran.stdout, ran.stderr, ran.reason) == ("out\n", "err\n",
-                                                    "") and Execution.from_json(json.loads(json.dumps(ran.to_json()))) == ran
+    assert (ran.stdout, ran.stderr, ran.reason) == ("out\n", "err\n", "")
+    assert Execution.from_json(json.loads(json.dumps(ran.to_json()))) == ran
     ran = execute("def f(x):\n    return 1/x\nf(0)")
     assert ran.reason == "error: ZeroDivisionError: division by zero"
     assert "line 3, in <module>\n    f(0)" in ran.stderr and "serve" not in ran.stderr

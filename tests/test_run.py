@@ -128,6 +128,7 @@ def test_ctrl_c_ends_with_one_line_after_the_step_and_the_run_goes_on(straight, 
     assert main(["train", "--out", str(out), "--resume", *SMALL]) == 0
     same_end(straight, out)
 
+@pytest.mark.slow
 def test_sigterm_before_the_first_step(tmp_path):
     "While the scores before are taken: there is nothing to save, and the line says where the run would begin."
     out = tmp_path / "run"

@@ -15,7 +15,7 @@ from comam_nb.data import example_episode
 from comam_nb.lm.backbone import Backbone
 from comam_nb.lm.lora import add_adapters, use_adapter
 from comam_nb.mdp import AGENTS, Scripted
-from comam_nb.rewards import Rewards, RubricJudge, lm_yes
+from comam_nb.rewards import RubricJudge, lm_yes
 from comam_nb.rl.settings import CoMAMConfig
 from comam_nb.rl.team import FrozenModel, Team, make_team
 from comam_nb.training import CoMAMTrainer
@@ -130,7 +130,9 @@ def scores(team):
         out[n] = a.policy.model.eval()(IDS).logits.detach().clone()
     return out
 
-@pytest.mark.parametrize("mix", MIXES)
+EVERY_DAY = {"papers_own", "all_kinds", "one_frozen"}
+@pytest.mark.parametrize("mix", [pytest.param(m, marks=[] if m.__name__ in EVERY_DAY else pytest.mark.slow)
+                                 for m in MIXES])
 def test_any_mix_trains_saves_loads_and_resumes(tmp_path, mix):
     "Four steps are two and two more; what is saved comes back into a fresh team; who is not trained stays as it was."
     whole, halves = mix(), mix()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest, torch
 from accelerate import Accelerator
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (GPT2Config, GPT2LMHeadModel, Lfm2Config, LlamaConfig, LlamaForCausalLM,
+from transformers import (Lfm2Config, LlamaConfig, LlamaForCausalLM,
                           PreTrainedTokenizerFast,
                           TrainerCallback, TrainingArguments)
 
@@ -96,8 +96,8 @@ def trained(tmp_path, monkeypatch, keep, policy="adapters", own=True, dropout=0.
     assert all(a.policy.reader is None for a in team.values())
     return {k: v.clone() for k, v in trainer.model.state_dict().items()}, read, scored, trainer
 
-@pytest.mark.parametrize("policy, own", [("adapters", True), ("adapters", False), ("shared", False),
-                                         ("separate", False)])
+@pytest.mark.parametrize("policy, own", [("adapters", False)] + [
+    pytest.param(*x, marks=pytest.mark.slow) for x in (("adapters", True), ("shared", False), ("separate", False))])
 def test_prompts_kept_from_writing_to_scoring_change_nothing_but_the_time(tmp_path, monkeypatch, policy, own):
     simple, read, scored, _ = trained(tmp_path, monkeypatch, 0, policy, own)
     learned = all(v.abs().max() > 1e-3 for k, v in simple.items() if ".lora_B" in k)
@@ -115,7 +115,9 @@ def test_no_more_prompts_are_kept_than_allowed(tmp_path, monkeypatch):
     _, read, scored, _ = trained(tmp_path, monkeypatch, 1500)
     assert read == [2, 2] and scored == [True, False, False] * 2
 
-@pytest.mark.parametrize("kw", [dict(dropout=0.1), dict(gradient_checkpointing=True), dict(shared_prefix=False)])
+LATER = pytest.mark.slow # the rarer ways to train
+@pytest.mark.parametrize("kw", [dict(dropout=0.1), pytest.param(dict(gradient_checkpointing=True), marks=LATER),
+                                pytest.param(dict(shared_prefix=False), marks=LATER)])
 def test_prompts_are_read_twice_where_that_is_not_the_same(tmp_path, monkeypatch, kw):
     _, read, scored, _ = trained(tmp_path, monkeypatch, 10**6, **kw)
     assert not read and not any(scored)
@@ -186,7 +188,7 @@ def test_before_and_after_are_measured_alike(tmp_path, policy):
     for x, y in zip(before, asked()): assert torch.equal(x, y)
 
 def test_a_stop_text_is_an_end_and_not_a_cut(tmp_path):
-    "A base model's texts end at a stop text. With mask_truncated_completions they were all taken for cut, and the gradient was 0."
+    "A base model's texts end at a stop text. mask_truncated_completions took all for cut, the gradient was 0."
     tok = words_tokenizer()
     tok.add_special_tokens({"eos_token": "<never>"}) # an end token that the model does not have
     team = team_of(replace(reader(), tokenizer=tok))
@@ -284,7 +286,7 @@ def test_the_samplers_state_is_part_of_a_checkpoint(tmp_path):
         go(tmp_path / "b", str(tmp_path / "b" / "checkpoint-2"))
 
 def test_vllm_writes_with_the_weights_of_the_agent_whose_turn_it_is(tmp_path):
-    "There was no card to run it on: a stand-in notes which adapter is active when weights are sent, and writes by itself."
+    "No card to run it on: a stand-in notes which adapter is active when weights are sent, and writes by itself."
     class Engine:
         "As TRL's `VLLMGeneration` looks from outside."
         def __init__(self, policy): self.policy, self.sent, self.asked = policy, [], []
