@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
-from .agents import Agent, Decision, Note, Usage
+from .agents import Agent, Decision, Note
 from .agents import act, render_notes, split_history
 from .base.errors import DataError
 from .data import Query, Session
 from .lm.backbone import Backbone, template_length
+from .lm.usage import Usage
 from .mdp import State
 from .store.items import MemoryItem, MemoryStore
 
@@ -88,17 +89,21 @@ class Assistant:
         sessions:Iterable[Session], # to read
         batch_size:int=16, # sessions that the agent reads side by side
     )->list[list[MemoryItem]]: # for each session the facts that were stored
-        "Extract facts from many sessions and store them, in order; long ones are split."
+        """Extract facts from many sessions and store them, in order; long ones are split.
+        A fact that is stored already, with its turns, is not stored again."""
         sessions = tuple(sessions)
         if batch_size < 1: raise DataError(f"batch_size is {batch_size}: give 1 or more")
         if not any(s.messages for s in sessions): raise DataError("the history is empty")
         count, limit = _room(self.agents["extraction"], State(0))
         pieces = [split_history((s,), count, limit) for s in sessions]
-        self.pieces, self.stale = [len(p) for p in pieces], True
+        self.pieces = [len(p) for p in pieces]
         states = [State(0, history=p) for some in pieces for p in some]
         read = iter(self._act("extraction", states, batch_size))
-        keep = lambda n: [i for _ in range(n) for i in self._keep(next(read), "fine")]
-        return [keep(n) for n in self.pieces]
+        known = set(_notes(self.store.items(self.user, "fine")))
+        keep = lambda: self._keep(next(read), "fine", known)
+        out = [[i for _ in range(n) for i in keep()] for n in self.pieces]
+        self.stale = self.stale or any(out)
+        return out
 
     def observe(self,
         session:Session|Sequence[Session], # one session, or a whole history
@@ -127,8 +132,9 @@ class Assistant:
         if not query.strip(): raise DataError("the query is empty")
         if self.stale: self.reflect()
         start = time.perf_counter()
-        items = [hit.item for hit in self.store.search(query, self.user, self.k)]
-        items = sorted(items, key=lambda i: i.granularity != "fine") # facts first
+        found = {h.item.id for h in self.store.search(query, self.user, self.k)}
+        stored = [i for i in self.store.items(self.user) if i.id in found] # by time
+        items = sorted(stored, key=lambda i: i.granularity != "fine") # facts first
         fine = _notes(i for i in items if i.granularity == "fine")
         coarse = _notes(i for i in items if i.granularity == "coarse")
         options = tuple(options) if options else None
@@ -146,11 +152,13 @@ class Assistant:
         for [d] in acts: self.usage.note(d, (time.perf_counter() - start) / len(acts))
         return [d for [d] in acts]
 
-    def _keep(self, d:Decision, granularity:str)->list[MemoryItem]:
+    def _keep(self, d:Decision, granularity:str, known:set|None=None)->list[MemoryItem]:
+        notes = [n for n in d.action.notes if known is None or n not in known]
+        if known is not None: known.update(notes)
         now = datetime.now(timezone.utc).isoformat()
         by = {"fine": "extraction", "coarse": "profile"}[granularity]
         items = [MemoryItem(uuid.uuid4().hex, self.user, n.text, granularity, n.cites,
-                            now, by) for n in d.action.notes]
+                            now, by) for n in notes]
         if items: self.store.add(items)
         return items
 

@@ -316,8 +316,7 @@ def test_message_errors():
     ("a.jsonl", b'{"conversations": [{"from": "human"}]}', "field 'value' is missing"), ("a.json", b"[" * 100000,
     "nested too deeply"),
     ("a.txt", b"hello", "no <|im_start|>".replace("|", r"\|")),
-                                                  ("a.txt",
-                                                   b"<|im_start|>user\nhi<|im_end|>\n<|im_start|>imp\nho<|im_end|>",
+                                                  ("a.txt", b"\n\n<|im_start|>imp\nho<|im_end|>",
                                                    "line 3: unknown role 'imp'"),
     ("a.json", json.dumps(dict(mapping={}, current_node="x")).encode(), "message tree is broken at 'x'"),
 ])

@@ -145,6 +145,7 @@ def test_a_bad_session_in_the_middle(sessions):
     assert len(assistant.observe_all([Session("x", ()), history[0]])[0]) == 0 and assistant.pieces == [0, 1]
 
 
+@pytest.mark.slow
 def test_smollm2_reads_long_sessions_side_by_side(smollm2):
     backbone = load_backbone(smollm2, adapters=None, chat=False, dtype="float32", verbose=False)
     said = ["I adopted a cat named Miso and moved to Oslo.", "That is lovely, congratulations to both of you!",

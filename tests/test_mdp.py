@@ -126,3 +126,33 @@ def test_a_thought_that_was_cut_off_says_nothing():
     state = State(1, fine=(Note("Drinks tea.", (7,)),))
     [[d]] = act(ProfileAgent(Scripted(["<think>Likes tea. [1]"])), [state])
     assert d.action == Action()
+
+
+# ---------------------------------------------------------------- what agents write
+
+@pytest.mark.parametrize("dress", ["[3]", "【3】", "［3］", "[turn 3]", "(3)", "[#3]", "[line 3].", "[2-3]"])
+def test_facts_come_without_their_brackets(dress):
+    state = State(0, history=example_episode().history)
+    [note] = ExtractionAgent().parse(f"- The drink is coffee. {dress}", state).notes
+    assert note.text.rstrip(".") == "The drink is coffee" and 3 in note.cites
+    fine = tuple(Note(f"Fact {i}.", (i,)) for i in (2, 4, 6))
+    [trait] = ProfileAgent().parse(f"Likes drinks {dress}", State(1, fine=fine)).notes
+    assert trait.text.rstrip(".") == "Likes drinks" and 6 in trait.cites
+    text = f"<information> Fact 6. {dress} </information> <final_answer> six </final_answer>"
+    action = RetrievalAgent().parse(text, State(2, fine=fine, query=Query("?")))
+    assert 3 in action.used and 6 in action.evidence and action.malformed == 0
+
+def test_thinking_is_no_fact_wherever_a_parser_is_called():
+    state = State(0, history=example_episode().history)
+    text = "<think>\nThe drink is coffee. [3]\n</think>\nThe drink is tea. [7]"
+    assert [n.cites for n in ExtractionAgent().parse(text, state).notes] == [(7,)]
+
+@pytest.mark.parametrize("n", [2, 11, 26])
+def test_all_options_are_shown(n):
+    options = tuple(f"city {i}" for i in range(n))
+    prompt = RetrievalAgent().prompt(State(2, fine=(Note("x", (1,)),), query=Query("Where?"), options=options))
+    assert prompt.endswith("".join(f"\n({chr(97 + i)}) city {i}" for i in range(n)) + "\nAnswer:\n")
+
+def test_more_options_than_letters():
+    with pytest.raises(DataError, match="27 options, but letters name only 26"):
+        RetrievalAgent().prompt(State(2, query=Query("Where?"), options=("x",) * 27))

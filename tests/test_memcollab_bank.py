@@ -33,7 +33,13 @@ HARM = parse_constraints("When a rate is given, enforce naming its base; avoid p
 
 # retrieval
 
-def cut(text): return [w for w in __import__("re").findall(r"\w+", text.lower()) if len(w) > 1]
+def cut(text):
+    "Words of two letters or more; of Chinese ones the characters and their pairs."
+    out = []
+    for w in re.findall("[一-鿿]+|[^\\W一-鿿]+", text.lower()):
+        if "一" <= w[0] <= "鿿": out += [*w, *map("".join, zip(w, w[1:]))]
+        elif len(w) > 1: out.append(w)
+    return out
 
 def slow_tfidf(query, texts):
     docs, q = [Counter(cut(t)) for t in texts], Counter(cut(query))
@@ -96,7 +102,7 @@ def test_tfidf_equals_scikit_learn(texts, query):
     from sklearn.feature_extraction.text import TfidfVectorizer
     index = Postings()
     for t in texts: index.add(t)
-    model = TfidfVectorizer()
+    model = TfidfVectorizer(analyzer=cut)
     want = (model.fit_transform(texts) @ model.transform([query]).T).toarray()[:, 0]
     np.testing.assert_allclose(tfidf_scores(index, query), want, atol=1e-12)
 
@@ -619,9 +625,41 @@ def test_a_query_in_memory_is_one_statement_and_sees_what_others_wrote(tmp_path)
         assert len(found()) == 90 and "a rate is given" not in found()
 
 
-@given(st.text())
+@given(st.text(st.characters(max_codepoint=0xdff))) # beyond begin the scripts without spaces
 def test_words_are_those_of_scikit_learn(text):
     assert terms(text) == re.findall(r"(?u)\b\w\w+\b", text.lower())
+
+@given(st.text())
+def test_words_of_any_script_never_crash(text): assert all(w == w.lower() for w in terms(text))
+
+LESSONS = { # a lesson, a task that it is for
+    "zh": [("求平均速度时", "一辆汽车行驶2小时，平均速度是多少？"), ("计算长方形面积时", "这个长方形的面积是多少？"), ("题目给出百分比时", "打八折是百分之几？百分比怎么写？")],
+    "ja": [("平均速度を求めるとき", "車の平均速度は何キロですか。"), ("面積を計算するとき", "この部屋の面積は？"), ("ﾊﾟｰｾﾝﾄの問題", "パーセントで答えなさい。")],
+    "ko": [("평균 속도를 구할 때", "자동차의 평균속도는 얼마인가?"), ("넓이를 계산할 때", "직사각형의 넓이는?"), ("백분율이 주어질 때", "백분율로 답하라.")],
+    "th": [("เมื่อหาความเร็วเฉลี่ย", "รถคันนี้มีความเร็วเฉลี่ยเท่าไร"),
+           ("เมื่อคำนวณพื้นที่", "ห้องนี้มีพื้นที่เท่าไร"), ("เมื่อมีเปอร์เซ็นต์", "ลดกี่เปอร์เซ็นต์")]}
+
+@pytest.mark.parametrize("how", ["tfidf", "bm25", "embedding"])
+@pytest.mark.parametrize("script", LESSONS)
+def test_lessons_in_scripts_without_spaces_are_found(how, script, tmp_path):
+    with ConstraintBank(tmp_path / "b.db") as bank:
+        bank.add([Constraint(when, "检查" if script == "zh" else "check", "", "c", "", source(f"t{i}"))
+                  for i, (when, _) in enumerate(LESSONS[script])], check=False)
+        for when, task in LESSONS[script]:
+            [best] = bank.retrieve(task, "c", p=1, K=1, how=how)
+            assert best.constraint.when == when and best.score > 0
+
+def test_a_stored_bucket_that_was_cut_otherwise_is_made_again(tmp_path, monkeypatch):
+    from comam_nb.store import lexical
+    path = tmp_path / "b.db"
+    with monkeypatch.context() as m: # an earlier version: whole clauses for words
+        m.setattr(lexical, "_CUT", 1)
+        m.setattr("comam_nb.store.bank_file.terms", lambda text: re.findall(r"\w\w+", text.lower()))
+        m.setattr(lexical, "terms", lambda text: re.findall(r"\w\w+", text.lower()))
+        with ConstraintBank(path) as bank:
+            bank.add([Constraint(f"求平均速度时{i}", "", "", "c") for i in range(200)], check=False)
+            assert bank.retrieve("平均速度", "c")[0].score == 0
+    with ConstraintBank(path) as bank: assert bank.retrieve("平均速度", "c")[0].score > 0
 
 
 def test_a_ranking_may_ask_the_bank_itself():

@@ -1,10 +1,14 @@
 "Whole-store tests of the memory: exactness, isolation, durability, forgetting, bad input. No test asserts a time."
-import json, random, sqlite3, subprocess, sys, threading
+import hashlib, json, random, sqlite3, subprocess, sys, threading
 from dataclasses import replace
 from fractions import Fraction
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
+from comam_nb.agents import ExtractionAgent, ProfileAgent, RetrievalAgent
+from comam_nb.data import make_history
+from comam_nb.mdp import Scripted
+from comam_nb.memory import Assistant
 from comam_nb.store.items import FlatIndex, _Hit, MemoryItem, MemoryStore, _exact_scores, _rounding_bound
 from comam_nb.base.embedders import HashingEmbedder, HFEmbedder, minilm_path
 from comam_nb.base.errors import StoreError
@@ -223,6 +227,70 @@ def test_hashing_is_the_same_in_every_process():
     runs = {subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": s}, capture_output=True, text=True,
                            check=True).stdout for s in "12"}
     assert runs == {HashingEmbedder(64)(["Tea, tea and 茶"]).tobytes().hex() + "\n"}
+
+
+def test_vectors_of_scripts_with_spaces_never_change():
+    "Stored vectors stay good: the hash was printed by version 1 of the embedder."
+    said = ["The user's favourite drink is tea now.", "naïve café — “quoted” Ünïcödé 😀", "Привет, мир! Ελληνικά",
+            "हिन्दी पाठ עברית عربي", "loves the drink juice [2]", ""]
+    assert hashlib.sha256(HashingEmbedder()(said).tobytes()).hexdigest()[:16] == "b2ba5d27ee62bc8c"
+
+
+SENTENCES = {
+    "zh": ["我每天早上喝咖啡然后跑步", "我妹妹在上海当医生", "我养了一只叫豆豆的猫", "我周末喜欢去爬山", "我对花生过敏", "我的生日是五月三号"],
+    "ja": ["毎朝コーヒーを飲んで走ります", "ピーナッツにアレルギーがあります", "週末は山に登るのが好きです", "妹は大阪で医者をしています"],
+    "ko": ["나는 매일 아침 커피를 마시고 달린다", "여동생은 부산에서 의사로 일한다", "땅콩 알레르기가 있다", "주말에는 산에 오르는 것을 좋아한다"],
+    "th": ["ฉันดื่มกาแฟทุกเช้าแล้ววิ่ง", "น้องสาวเป็นหมอที่กรุงเทพ", "ฉันแพ้ถั่วลิสง", "วันหยุดชอบปีนเขา"]}
+
+@pytest.mark.parametrize("script, size, least", [("zh", 1, 1), ("zh", 2, 1), ("ja", 1, 1), ("ja", 3, 1), ("ko", 2, 1),
+                                                 ("th", 4, .95)])
+def test_every_piece_of_a_text_without_spaces_finds_it(script, size, least):
+    items = SENTENCES[script]
+    vectors, hits = HashingEmbedder()(items), []
+    for n, text in enumerate(items):
+        for i in range(len(text) - size + 1):
+            piece = text[i:i + size]
+            if " " in piece or any(piece in other for other in items if other != text): continue
+            scores = vectors @ HashingEmbedder()([piece])[0]
+            hits.append(scores.argmax() == n and scores[n] > 0)
+    assert len(hits) > 20 and np.mean(hits) >= least
+
+@pytest.mark.parametrize("query, best", [("咖啡", 0), ("ＣＡＦＥ手机", 1), ("iPhone", 1), ("手机", 1)])
+def test_scripts_may_be_mixed(query, best):
+    with MemoryStore() as store:
+        store.add([item("我每天早上喝咖啡"), item("我的iPhone手机是cafe色的"), item("I have a dog")])
+        [first, *_] = store.search(query, "ana", 3)
+        assert first.item.text == store.items("ana")[best].text and first.score > 0
+
+
+def test_the_same_history_again_adds_nothing(tmp_path):
+    history = make_history([[("user", "I have a dog.")], [("user", "I have a cat.")]])
+    def assistant(store):
+        copies = Scripted(["The user has a dog. [1]", "The user has a cat. [1]"])
+        return Assistant({"extraction": ExtractionAgent(copies)}, store)
+    with MemoryStore(tmp_path / "m.db") as store:
+        one = assistant(store)
+        assert [len(x) for x in one.observe_all(history)] == [1, 1]
+        one.stale = False
+        assert one.observe_all(history) == [[], []] and not one.stale
+    with MemoryStore(tmp_path / "m.db") as store: # another day
+        assert assistant(store).observe(history) == [] and len(store.items("user")) == 2
+
+
+# what the answering agent is shown
+
+@pytest.mark.parametrize("k", [20, 3])
+def test_facts_are_shown_in_order_of_time_and_before_the_profile(k):
+    said = ["I drink coffee.", "I have a cat.", "My favourite drink of all drinks is tea.", "My drink was milk once."]
+    copies = Scripted([f"{s} [1]" for s in said])
+    agents = {"extraction": ExtractionAgent(copies), "profile": ProfileAgent(Scripted(["Likes a drink. [1]"])),
+              "retrieval": RetrievalAgent(Scripted(["<information>[1]</information><final_answer>x</final_answer>"]))}
+    assistant = Assistant(agents, k=k)
+    for session in make_history([[("user", s)] for s in said]): assistant.observe(session)
+    shown = [i.text for i in assistant.answer("What is my favourite drink?").candidates]
+    everything = [*said, "Likes a drink."]
+    assert shown == [t for t in everything if t in shown] and len(shown) == min(k, 5)
+    assert "My favourite drink of all drinks is tea." in shown
 
 
 @quick

@@ -1,5 +1,6 @@
 "A run's folder: it goes on with the same settings only, from the last whole files, and says what it was trained on."
 import json, os, shutil, signal, subprocess, sys, time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -139,10 +140,9 @@ def test_sigterm_before_the_first_step(tmp_path):
 
 def test_what_was_trained_on_is_kept_and_refused(straight, tmp_path, capsys):
     ids = Run(straight).read("episodes.json")
-    assert ids["training"] == [f"micro{i}" for i in range(6)] and len(ids["test"]) == 4
-    assert not set(ids["training"]) & set(ids["test"])
-    eval_ = ["eval", "--questions", "2", "--system", str(straight / "weights"), "--unseen", "--out",
-             str(tmp_path / "eval")]
+    assert ids["training"] == [f"micro{i}" for i in range(6)] and len(ids["validation"]) == 4
+    assert not set(ids["training"]) & set(ids["validation"])
+    eval_ = ["eval", "--questions", "2", "--run", str(straight), "--out", str(tmp_path / "eval")]
     assert main(eval_) == 0 # held-out questions of the micro-world
     assert "| comam-straight |" in capsys.readouterr().out
 
@@ -155,12 +155,51 @@ def test_what_was_trained_on_is_kept_and_refused(straight, tmp_path, capsys):
     assert main(["train", *few, "--steps", "1", "--group-size", "2", "--eval-episodes", "1", "--out", str(out)]) == 0
     capsys.readouterr()
     argv = ["eval", *few, "--system", str(out / "weights"), "--out", str(tmp_path / "never")]
-    assert main([*argv, "--unseen"]) == 2
+    assert main(argv) == 2
     err = capsys.readouterr().err
     assert "questions were trained on by" in err and "\n" not in err.strip() and not (tmp_path / "never").exists()
+    assert main(["eval", "--run", str(out), "--out", str(tmp_path / "never")]) == 2 # a log of one session
+    assert "held nothing back for a test" in capsys.readouterr().err
+    assert main([*argv[:-2], "--also-trained", "--out", str(tmp_path / "again")]) == 0
     (out / "episodes.json").unlink()
-    assert main([*argv, "--unseen"]) == 2 and "trained on" in capsys.readouterr().err
-    assert main([*argv, "--system", "rag", "--unseen"]) == 2 and "--unseen needs weights" in capsys.readouterr().err
+    assert main([*argv[:-2], "--out", str(tmp_path / "unknown")]) == 0
+    assert "nothing says what these weights were trained on" in capsys.readouterr().out
+
+def drinks(path, users=4):
+    "A log of some users, three sessions each; every drink is said once."
+    names = ("".join(letters) + "ade" for letters in product("bdfgk", "aeiou", "lmnrs"))
+    lines = [{"user": f"u{u}", "messages": [{"role": "user", "content": f"I love the drink {next(names)}"}]}
+             for u in range(users) for _ in range(3)]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return f"chat:{path}"
+
+def test_users_are_kept_apart_from_training_to_the_test(tmp_path, capsys):
+    tiny = str(Path(comam_nb.__file__).parent / "weights" / "microworld")
+    few = ["--backbone", tiny, "--data", drinks(tmp_path / "chat.jsonl"), "--max-new-tokens", "8"]
+    more = ["--steps", "1", "--group-size", "2", "--eval-episodes", "2"]
+    out = tmp_path / "run"
+    assert main(["train", *few, *more, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "no user is in two of them" in said and "held-out episodes, mean" in said
+    ids = Run(out).read("episodes.json")
+    users = [{i.split("/")[0] for i in ids[part]} for part in ("training", "validation", "test")]
+    assert [len(u) for u in users] == [2, 1, 1] and len(set.union(*users)) == 4
+    assert main(["eval", "--run", str(out), "--out", str(tmp_path / "eval")]) == 0
+    said = capsys.readouterr().out
+    assert f"{len(ids['test'])} questions of 1 users, 1 systems" in said and "| comam-run |" in said
+
+    later = tmp_path / "later" # goes on from these weights, with the same users held out
+    assert main(["train", *few, *more, "--from", str(out), "--out", str(later)]) == 0
+    before, after = (Run(r).read(f) for r, f in ((later, "before.json"), (out, "summary.json")))
+    assert sum(before["r_ret"]) / len(before["r_ret"]) == pytest.approx(after["after"]["r_ret"]["mean"])
+    capsys.readouterr()
+    held = next(iter(users[0]))
+    bad = ["train", *few, *more, "--from", str(out), "--test-users", held, "--out", str(tmp_path / "never")]
+    assert main(bad) == 2 and "were trained on by" in capsys.readouterr().err and not (tmp_path / "never").exists()
+    assert main([*bad[:-4], "--test-users", "zoe", *bad[-2:]]) == 2
+    assert "no such user: zoe; the users are u0" in capsys.readouterr().err
+    assert main(["train", *few, *more, "--from", str(tmp_path / "none"), *bad[-2:]]) == 2
+    assert "no such directory" in capsys.readouterr().err
 
 def test_a_run_that_goes_on_gets_the_episodes_that_it_had(tmp_path):
     episodes = [Episode((Session("s", (Message("user", "tea", 1),)),), Query("?"), answer="tea", id=i) for i in "abc"]

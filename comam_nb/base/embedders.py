@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from .errors import StoreError
+from .unspaced import UNSPACED, script_pieces
 
 if TYPE_CHECKING: import torch
 
@@ -37,14 +38,18 @@ def _hash_slot(
     return (h >> 1) % dim, 1 - 2*(h & 1)
 
 # %% ../../nbs/source/base/04_embedders.ipynb #cd13885d
+_WORD = re.compile(rf"[{UNSPACED}]+|[^\W{UNSPACED}]+|[^\w\s\x00-\x7f]")
 def _text_features(
     text:str, # any text
 )->list[str]: # features with repetitions: "w:" words, "b:" pairs of words, "c:" letter triples
     "Words, neighbouring pairs and letter triples of a text, after Unicode NFKC and case folding."
-    words = re.findall(r"\w+|[^\w\s\x00-\x7f]", unicodedata.normalize("NFKC", text).casefold())
+    pattern = r"\w+" if text.isascii() else _WORD
+    words = re.findall(pattern, unicodedata.normalize("NFKC", text).casefold())
+    pieces = [] if text.isascii() else [p for w in words for p in script_pieces(w, 1, 2)]
+    if pieces: words = [w for w in words if not script_pieces(w, 1)]
     pairs = [f"b:{a} {b}" for a, b in zip(words, words[1:])]
     triples = [f"c:{p[i:i+3]}" for w in words for p in [f" {w} "] for i in range(len(p) - 2)]
-    return [f"w:{w}" for w in words] + pairs + triples
+    return [f"w:{w}" for w in words] + pairs + triples + [f"{x}:{p}" for p in pieces for x in "wc"]
 
 # %% ../../nbs/source/base/04_embedders.ipynb #6e232659
 class HashingEmbedder:

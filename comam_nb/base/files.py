@@ -10,11 +10,12 @@ import hashlib, json, os, re, warnings, zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from filelock import FileLock, Timeout
 
 from .errors import MemCollabError
+
+if TYPE_CHECKING: from filelock import FileLock
 
 # %% ../../nbs/source/base/02_files.ipynb #30e273b3
 def text_hash(
@@ -124,13 +125,14 @@ def read_lines(
 def lock_file(
     path:str|Path, # of the file that nobody else is to write meanwhile
     wait:bool=False, # wait for another writer to finish
-)->FileLock: # held: `release` it when done
+)->"FileLock": # held: `release` it when done
     "Take the lock of a file, which need not exist yet. Raises `MemCollabError`."
     path = Path(path)
     if path.is_dir(): raise MemCollabError(f"{path} is a directory: give the path of a file in it")
     if not path.parent.is_dir():
         raise MemCollabError(f"{path}: the directory {path.parent} does not exist: create it first")
     # whoever holds it may hand it to a thread
+    from filelock import FileLock, Timeout # only where a file is locked: it takes a while to import
     lock = FileLock(f"{path}.lock", timeout=-1 if wait else 0, thread_local=False)
     try: lock.acquire()
     except Timeout:

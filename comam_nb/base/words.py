@@ -9,15 +9,20 @@ __all__ = ['content_words']
 import re
 from functools import lru_cache
 
+from .unspaced import UNSPACED, script_pieces
+
 # %% ../../nbs/source/base/07_words.ipynb #83097b32
 _STOPWORDS = frozenset("""a about after all also am an and any are as at be been but by can could did do does for from
 had has have he her his how i if in into is it its just like me more my no not now of on or our she so some than that
 the their them then there these they this to too up us was we were what when which who will with would you your
 s t m ve re ll d""".split())
 
+_WORD = re.compile(rf"[{UNSPACED}]+|[^\W{UNSPACED}]+")
+
 @lru_cache(maxsize=4096)
 def content_words(
     text:str, # any text
 )->frozenset[str]: # lower-case words without function words
     "The words of a text that carry content."
-    return frozenset(re.findall(r"\w+", text.lower())) - _STOPWORDS
+    words = re.findall(r"\w+" if text.isascii() else _WORD, text.lower())
+    return frozenset(p for w in words for p in script_pieces(w, 2) or [w]) - _STOPWORDS

@@ -10,7 +10,7 @@ import argparse
 
 from .common import add_model_arguments, fill_model_arguments, language_team
 from ..runs.folder import CommandError
-from ..runs.sources import history_of
+from ..runs.sources import history_for
 
 # %% ../../nbs/source/cli/03_answer.ipynb #4972bf72
 def add_answer(
@@ -20,8 +20,8 @@ def add_answer(
     p = sub.add_parser("answer", help="build the memory of a chat log and answer a question from it")
     p.set_defaults(run=_answer)
     p.add_argument("--backbone", required=True, help="model directory, .gguf file or hub id")
-    p.add_argument("--history", required=True, help="chat log: JSON, JSONL or ChatML text; or locomo:FILE, "
-                   "personamem:QUESTIONS,CONTEXTS")
+    p.add_argument("--history", required=True, help="chat log: JSON, JSONL or ChatML text; or a "
+                   "benchmark by name, such as locomo:FILE")
     p.add_argument("--query", required=True, help="the question")
     p.add_argument("--options", nargs="+", help="answers to choose from")
     p.add_argument("--adapters", help="weights directory of a training run")
@@ -59,7 +59,7 @@ def _answer(args)->int:
     if args.options is not None and len(args.options) < 2:
         raise CommandError("--options needs at least two answers to choose from")
     if args.batch_size < 1: raise CommandError(f"--batch-size must be at least 1, not {args.batch_size}")
-    history = history_of(args.history, args.user)
+    history = history_for(args.history, args.user)
     team = language_team(args)
     print(team["retrieval"].policy)
     if args.adapters: team.load(args.adapters)

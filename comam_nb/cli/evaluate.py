@@ -15,7 +15,8 @@ from ..runs.folder import CommandError, Run
 from ..runs.sources import DATA_KINDS, questions_from
 
 # %% ../../nbs/source/cli/04_evaluate.ipynb #540163ad
-_LLM_ONLY = ("backbone", "dtype", "device", "context", "prompts", "max_new_tokens", "user")
+_LLM_ONLY = ("dtype", "device", "context", "prompts", "max_new_tokens")
+_OF_RUN = ("data", "backbone", "dtype", "context", "prompts", "max_new_tokens", "rank") # settings that a run brings
 
 def add_eval(
     sub:argparse._SubParsersAction, # of `comam`
@@ -23,13 +24,17 @@ def add_eval(
     "Declare `comam eval`."
     p = sub.add_parser("eval", help="compare memory systems, beside baselines without memory")
     p.set_defaults(run=_evaluate)
-    p.add_argument("--system", nargs="+", required=True,
+    p.add_argument("--run", dest="trained", metavar="DIR", help="ask the test part of this training run, with its "
+                   "settings; --system is its weights if not given")
+    p.add_argument("--system", nargs="+",
                    help="base, rag, memorybank, amem, cam, mem1, memory-r1, mem0, "
                    "mem0-raw, comam, or a weights directory of `comam train`; several are compared in pairs")
-    p.add_argument("--data", default="microworld", help=f"one of {', '.join(DATA_KINDS)}")
+    p.add_argument("--data", help=f"one of {', '.join(DATA_KINDS)} (default microworld)")
     p.add_argument("--backbone", help="model directory, .gguf file or hub id, for --data other than microworld")
     p.add_argument("--adapters", help="weights directory of a training run, for all named systems")
-    p.add_argument("--unseen", action="store_true", help="refuse questions that the named weights were trained on")
+    p.add_argument("--also-trained", action="store_true", help="also ask what the named weights were trained on")
+    p.add_argument("--match", default="auto", help="when an answer is right: auto (the benchmark's own rule), exact, "
+                   "contains, f1 or choice (default auto)")
     p.add_argument("--out",
                    help="directory of the run files; a second call goes on with them (default runs/eval-<time>)")
     p.add_argument("--questions", type=int,
@@ -53,12 +58,17 @@ def _system_classes()->dict[str, Callable]:
 
 def _questions(args):
     "The episodes to ask, with their whole histories."
-    if args.data != "microworld": return questions_from(args.data, args.user, args.questions, args.seed)
-    from comam_nb.microworld import MicroWorld, make_episodes
-    return make_episodes(MicroWorld(), args.questions or 200, held_out=True)
+    if args.data == "microworld":
+        if args.user: raise CommandError("--user goes with other --data: the micro-world's users are asked once each")
+        from comam_nb.microworld import MicroWorld, make_episodes
+        return make_episodes(MicroWorld(), args.questions or 200, held_out=True)
+    if not args.trained: return questions_from(args.data, args.user, args.questions, args.seed)
+    test = set((Run(args.trained).read("episodes.json") or {}).get("test", ()))
+    if not test: raise CommandError(f"{args.trained}: this run held nothing back for a test")
+    return questions_from(args.data, args.user, args.questions, args.seed, only=test)
 
 def _fresh_team(args):
-    if args.data != "microworld": return language_team(args)
+    if args.backbone: return language_team(args)
     from comam_nb.microworld import MicroWorld
     from comam_nb.worlds.warm_start import micro_agents
     return micro_agents(MicroWorld(), r=args.rank, seed=args.seed)
@@ -99,43 +109,57 @@ def _systems(args)->tuple:
     return out, team
 
 # %% ../../nbs/source/cli/04_evaluate.ipynb #dfe446ea
-def _refuse_trained(args, episodes):
-    "For --unseen."
-    folders = [s for s in (*args.system, args.adapters) if s and Path(s).is_dir()]
-    if not folders:
-        raise CommandError("--unseen needs weights of a training run: name their directory with --system or --adapters")
-    for folder in folders:
-        run = Run.of(folder)
-        if run is None:
-            raise CommandError(f"{folder}: no run's folder says what these weights were trained on: ask without "
-                               f"--unseen")
-        run.refuse_trained(episodes)
+def _take_from_run(args)->None:
+    "What --run brings: data, model and settings of the run, its weights as the system to ask."
+    if not args.trained: return
+    run = Run(args.trained)
+    settings = run.read("config.json")
+    if settings is None: raise CommandError(f"{args.trained}: no training run (no config.json)")
+    tiny = settings.get("backbone") is None # the micro-world's own policies have no such settings
+    for k in _OF_RUN:
+        if getattr(args, k) is None and not (tiny and k in _LLM_ONLY): setattr(args, k, settings.get(k))
+    if not (run.folder / "weights").is_dir(): raise CommandError(f"{args.trained}: the run has no weights yet")
+    args.system = args.system or [str(run.folder / "weights")]
 
-def _evaluate(args)->int:
-    "`comam eval`: run files, report.md and a table on the screen."
-    from comam_nb.base.files import write_whole
-    from comam_nb.runs.reports import evaluate_systems, report
+def _refuse_trained(args, episodes):
+    "Questions that named weights were trained on, unless --also-trained."
+    for folder in (s for s in (*args.system, args.adapters) if s and Path(s).is_dir()):
+        run = Run.of(folder)
+        if run is None: print(f"{folder}: nothing says what these weights were trained on")
+        elif not args.also_trained: run.refuse_trained(episodes)
+
+def _check(args)->None:
+    _take_from_run(args)
+    args.data = args.data or "microworld"
+    if not args.system: raise CommandError("name what to ask, with --system or --run")
     fill_model_arguments(args, _LLM_ONLY)
     if args.questions is not None and args.questions < 1:
         raise CommandError(f"--questions must be at least 1, not {args.questions}")
     if len(set(args.system)) < len(args.system): raise CommandError("a system is named twice")
     if args.against and args.against not in args.system:
         raise CommandError(f"--against {args.against}: name one of the systems of this run")
+
+def _evaluate(args)->int:
+    "`comam eval`: run files, report.md and a table on the screen."
+    from comam_nb.base.files import write_whole
+    from comam_nb.runs.reports import evaluate_systems, report
+    _check(args)
     out = Path(args.out) if args.out else Path("runs") / time.strftime("eval-%Y%m%d-%H%M%S")
     if out.is_file(): raise CommandError(f"{out}: a file: name a directory")
     if args.data == "microworld":
         import torch
         torch.set_num_threads(1)
     episodes = _questions(args)
-    if args.unseen: _refuse_trained(args, episodes)
+    _refuse_trained(args, episodes)
     systems, team = _systems(args)
     print(f"{len(episodes)} questions of {len({e.user for e in episodes})} users, {len(systems)} systems, into {out}",
           flush=True)
     names = ("data", "backbone", "prompts", "max_new_tokens", "embedder", "adapters", "rank", "dtype", "context",
-             "seed")
+             "seed", "match")
     settings = {k: getattr(args, k) for k in names}
     policy = team["retrieval"].policy
-    evaluate_systems(systems, episodes, out, settings, policy, team, say=lambda line: print(line, flush=True))
+    evaluate_systems(systems, episodes, out, settings, policy, team, match=args.match,
+                     say=lambda line: print(line, flush=True))
     text = report(out, args.against or next(iter(systems)))
     write_whole(out / "report.md", text)
     print(f"\n{text}\n{out / 'report.md'}")

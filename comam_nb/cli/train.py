@@ -6,21 +6,25 @@
 __all__ = ['add_train']
 
 # %% ../../nbs/source/cli/02_train.ipynb #b0535460
-import argparse, os, time
+import argparse, os, random, time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import add_model_arguments, fill_model_arguments, language_team
+from .common import add_model_arguments, add_split_arguments, fill_model_arguments
+from .common import language_team, read_split
 from ..runs.folder import CommandError, Run, fresh_dir, on_signals
-from ..runs.sources import DATA_KINDS, fit_episodes, load_episodes_for
+from ..runs.sources import DATA_KINDS, fit_episodes
 
 if TYPE_CHECKING: from comam_nb.rl.settings import CoMAMConfig
 
 # %% ../../nbs/source/cli/02_train.ipynb #fbacc2f0
 _DEFAULTS = {"microworld": dict(steps=100, episodes_per_step=16, group_size=8, lr=6e-4, eval_episodes=500,
                                 eval_batch=256),
-             "llm": dict(steps=20, episodes_per_step=1, group_size=4, lr=2e-5, eval_episodes=8, eval_batch=4)}
-_LLM_ONLY = ("backbone", "dtype", "context", "prompts", "max_new_tokens", "max_prompt_tokens")
+             "microworld with --backbone": dict(steps=60, episodes_per_step=4, group_size=8, lr=1e-4, eval_episodes=100,
+                                                eval_batch=32),
+             "llm": dict(steps=20, episodes_per_step=1, group_size=4, lr=2e-5, eval_episodes=32, eval_batch=4)}
+_LLM_ONLY = ("dtype", "context", "prompts", "max_new_tokens")
+_FILE_ONLY = ("max_prompt_tokens", "split", "split_seed", "validation_users", "test_users")
 
 def add_train(
     sub:argparse._SubParsersAction, # of `comam`
@@ -32,9 +36,12 @@ def add_train(
     p.add_argument("--resume", action="store_true", help="go on with the run in --out from its last checkpoint; "
                    "only --device of the same type, --save-steps and --micro-batches may differ")
     p.add_argument("--data", default="microworld", help=f"one of {', '.join(DATA_KINDS)}")
-    p.add_argument("--backbone", help="model directory, .gguf file or hub id, for --data other than microworld")
+    p.add_argument("--backbone", help="model directory, .gguf file or hub id; without one the micro-world brings its "
+                   "own tiny policies")
+    p.add_argument("--from", dest="start", metavar="DIR", help="start from these weights: the directory of a "
+                   "`comam warm-start`, of an earlier run, or of weights")
     def either(name):
-        return f"(default: {_DEFAULTS['microworld'][name]} for microworld, {_DEFAULTS['llm'][name]} for llm)"
+        return "(default: " + ", ".join(f"{d[name]} for {kind}" for kind, d in _DEFAULTS.items()) + ")"
     p.add_argument("--steps", type=int, help=f"joint steps {either('steps')}")
     p.add_argument("--episodes-per-step", type=int, help=f"episodes per step {either('episodes_per_step')}")
     p.add_argument("--group-size", type=int, help=f"rollouts per episode, G {either('group_size')}")
@@ -55,16 +62,26 @@ def add_train(
                    help="write a checkpoint every so many steps (default: only when "
                    "the run is told to stop)")
     p.add_argument("--eval-episodes", type=int,
-                   help="episodes evaluated before and after (default 500, or 8 with --backbone)")
+                   help=f"episodes evaluated before and after, of the validation part {either('eval_episodes')}")
+    p.add_argument("--matcher", help="when a line has found a turn: citation, citation+words or words "
+                   "(default: citation for microworld, else citation+words)")
+    p.add_argument("--match", default="auto", help="r_ans: auto (the benchmark's own rule), exact, contains, f1 or "
+                   "choice (default auto)")
     p.add_argument("--eval-batch", type=int, help=argparse.SUPPRESS)
     p.add_argument("--max-prompt-tokens", type=int, help="tokens of history in a training prompt, with --backbone "
                    "(default 1024)")
+    add_split_arguments(p)
     add_model_arguments(p)
 
 def _fill_defaults(args):
     fill_model_arguments(args, _LLM_ONLY)
-    defaults = _DEFAULTS["microworld" if args.data == "microworld" else "llm"]
-    for k, v in {**defaults, "max_prompt_tokens": 1024}.items():
+    micro = args.data == "microworld"
+    for k in _FILE_ONLY:
+        if micro and getattr(args, k) is not None:
+            raise CommandError(f"--{k.replace('_', '-')} goes with other --data: the micro-world makes its own episodes")
+    defaults = _DEFAULTS["llm" if not micro else "microworld" if args.backbone is None else "microworld with --backbone"]
+    more = {"max_prompt_tokens": 1024, "matcher": "citation" if micro else "citation+words"}
+    for k, v in {**defaults, **more}.items():
         if getattr(args, k) is None: setattr(args, k, v)
     for k in ("steps", "episodes_per_step", "eval_episodes", "eval_batch", "micro_batches", "max_prompt_tokens"):
         if getattr(args, k) < 1:
@@ -75,26 +92,59 @@ def _fill_defaults(args):
                            "rollout, and nothing can be learnt from it")
 
 # %% ../../nbs/source/cli/02_train.ipynb #a915345b
+def _rewards_of(args, judge):
+    from comam_nb.rewards import MATCHERS, Rewards
+    if args.matcher not in MATCHERS:
+        raise CommandError(f"unknown matcher {args.matcher!r}: use one of {', '.join(MATCHERS)}")
+    return Rewards(judge, MATCHERS[args.matcher], match=args.match)
+
 def _build_micro(args):
     from comam_nb.microworld import MicroWorld, make_episodes
+    from comam_nb.runs.splits import Split
     from comam_nb.worlds.warm_start import micro_agents, micro_rewards
     import torch
-    # matrices this small gain little from a second thread and lose tenfold when the cores are shared
-    torch.set_num_threads(1)
     world = MicroWorld()
-    team = micro_agents(world, args.policy, r=args.rank, seed=args.seed)
+    if args.backbone is None:
+        # matrices this small gain little from a second thread and lose tenfold when the cores are shared
+        torch.set_num_threads(1)
+        team = micro_agents(world, args.policy, r=args.rank, seed=args.seed)
+    else: team = language_team(args, args.policy)
     training = make_episodes(world, args.steps * args.episodes_per_step, seed=args.seed)
-    return team, training, make_episodes(world, args.eval_episodes, held_out=True), micro_rewards(world)
+    held_out = make_episodes(world, args.eval_episodes, held_out=True)
+    return team, Split(training, held_out, [], "user"), _rewards_of(args, micro_rewards(world).judge)
 
 def _build_team(args):
-    "A team, training episodes, episodes to evaluate and rewards."
+    "A team, the episodes in parts, and rewards."
     if args.data == "microworld": return _build_micro(args)
-    from comam_nb.rewards import Rewards, RubricJudge, lm_yes
-    episodes = load_episodes_for(args.data)
+    from comam_nb.rewards import RubricJudge, lm_yes
+    from comam_nb.runs.splits import Split
+    split = read_split(args)
     team = language_team(args, args.policy)
     judge = RubricJudge(lm_yes(team.judge)) # frozen, whatever is trained
-    episodes = fit_episodes(episodes, team, args.max_prompt_tokens)
-    return team, episodes, episodes[:args.eval_episodes], Rewards(judge=judge)
+    fitted = lambda part: fit_episodes(part, team, args.max_prompt_tokens) if part else []
+    watched = random.Random(args.split_seed).sample(split.validation, min(args.eval_episodes, len(split.validation)))
+    fit = Split(fitted(split.training), fitted(watched), split.test, split.by)
+    return team, fit, _rewards_of(args, judge)
+
+def _check_start(split, folder:str)->None:
+    "What weights were trained on must not be held out here."
+    if not Path(folder).is_dir(): raise CommandError(f"--from {folder}: no such directory")
+    if earlier := Run.of(folder): earlier.refuse_trained([*split.validation, *split.test])
+    else: print(f"{folder}: nothing says what these weights were trained on")
+
+def _start_from(run, team, evaluated, rewards, args)->dict: # the base's scores
+    "Load the weights of --from, after the base was asked the same as they will be."
+    import numpy as np
+    from comam_nb.base.files import write_json
+    from comam_nb.rl.evaluation import evaluate
+    place = Path(args.start)
+    weights = place / "weights" if (place / "weights").is_dir() else place
+    kept = run.read("base.json") if args.resume else None
+    base = kept or evaluate(team, evaluated, rewards, batch_size=args.eval_batch)
+    base = {k: np.asarray(v) for k, v in base.items()}
+    write_json(run.folder / "base.json", {k: v.tolist() for k, v in base.items()})
+    team.load(weights)
+    return base
 
 # %% ../../nbs/source/cli/02_train.ipynb #75bdef7c
 def _joint_config(args, out:Path)->"CoMAMConfig":
@@ -128,7 +178,7 @@ def _train_in(run:Run, args):
     from comam_nb.lm.backbone import pick_device
     from comam_nb.rl.evaluation import before_after, summarize
     from comam_nb.runs.training import train_run
-    start, out, device = time.time(), run.folder, pick_device(args.device)
+    began, out, device = time.time(), run.folder, pick_device(args.device)
     settings = {k: v for k, v in vars(args).items() if k != "run"} | {"device_type": device.type}
     if args.resume: run.check(settings)
     # with several processes each takes its card, before anything is loaded
@@ -136,24 +186,28 @@ def _train_in(run:Run, args):
     from transformers.utils import logging
     logging.disable_progress_bar() # ours is the one to watch
     torch.manual_seed(args.seed)
-    team, training, evaluated, rewards = _build_team(args)
+    team, split, rewards = _build_team(args)
+    if args.start: _check_start(split, args.start)
+    evaluated = split.validation or split.training[:args.eval_episodes]
     config = _joint_config(args, out) # fails here, before the directory is made
     everyone.wait_for_everyone() # all have looked at the directory before one makes it
     out.mkdir(parents=True, exist_ok=True)
     if everyone.is_main_process:
         if not args.resume: run.begin(settings)
-        run.keep_episodes(training, test=evaluated if args.data == "microworld" else ())
-    print(f"{len(training)} training episodes, {len(evaluated)} for evaluation, {args.steps} steps of "
+        run.keep_episodes(split.training, split.validation, split.test)
+    print(f"{len(split.training)} training episodes, {len(evaluated)} for evaluation, {args.steps} steps of "
           f"{args.episodes_per_step} x {args.group_size} rollouts, into {out}")
-    before, after = train_run(run, team, training, evaluated, rewards, config, args.resume, args.eval_batch)
+    base = _start_from(run, team, evaluated, rewards, args) if args.start else None
+    before, after = train_run(run, team, split.training, evaluated, rewards, config, args.resume, args.eval_batch)
     if not everyone.is_main_process: return # the first process writes for all
     if not any((out / "checkpoints").iterdir()): (out / "checkpoints").rmdir()
     _save_plots(out)
-    seconds = round(time.time() - start, 1)
-    run.finish({"before": summarize(before), "after": summarize(after), "steps": args.steps, "seconds": seconds,
+    seconds = round(time.time() - began, 1)
+    start = {"base": summarize(base)} if base else {}
+    run.finish({**start, "before": summarize(before), "after": summarize(after), "steps": args.steps, "seconds": seconds,
                 "seed": args.seed})
-    kind = "held-out" if args.data == "microworld" else "training"
-    print(f"\n{len(evaluated)} {kind} episodes, mean and 95 % interval:\n{before_after(before, after)}\n\n"
+    kind = "held-out" if split.validation else "training (nothing is held out)"
+    print(f"\n{len(evaluated)} {kind} episodes, mean and 95 % interval:\n{before_after(before, after, base)}\n\n"
           f"{seconds:.0f} s; everything is in {out}")
 
 # %% ../../nbs/source/cli/02_train.ipynb #9d747e4b

@@ -6,7 +6,7 @@
 __all__ = ['read_history', 'cloze_queries', 'read_chat']
 
 # %% ../../nbs/source/readers/04_chat_logs.ipynb #49ab399d
-import logging, random, re
+import json, logging, math, random, re
 from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime, timezone
@@ -16,84 +16,197 @@ from typing import Any
 from ..base.errors import DataError
 from ..base.fields import clean_text, error_place, get_field
 from ..data import Episode, Episodes, Message, Query, Session, make_history
-from .reading import (from_hub, is_hub_name, json_values, numbered_lines, option_letter,
-                                      parse_options)
+from .reading import (count_odd, from_hub, is_hub_name, json_values, numbered_lines,
+                                      option_letter, parse_options)
 
 # %% ../../nbs/source/readers/04_chat_logs.ipynb #740d18c3
-_ROLE_NAMES = {**{n: "user" for n in ("user", "human", "prompter")}, **{n: "system" for n in ("system", "developer")},
-               **{n: "assistant" for n in ("assistant", "gpt", "chatgpt", "bot", "model", "ai")},
-               **{n: "tool" for n in ("tool", "function", "function_call", "observation", "ipython")}}
+_UNSAID = frozenset("""thoughts thinking redacted_thinking think reasoning reasoning_recap tool_use tool_call tool_calls
+tool_result function_call function_call_output execution_output computer_output system_error tether_browsing_display
+tether_quote user_editable_context model_editable_context""".split())
+
+def _part_kind(content:Any)->str:
+    "What a message's content says that it is; \"\" if it says nothing."
+    return str(content.get("type") or content.get("content_type") or "") if isinstance(content, dict) else ""
+
+def _spoken(
+    content:Any, # a text, a list of parts, or a part
+    depth:int=0, # parts hold parts
+)->str: # the text; "" if there is none
+    "What a content says, without thinking and tools."
+    if isinstance(content, str): return content
+    if depth > 4 or _part_kind(content) in _UNSAID: return ""
+    if isinstance(content, list): return "\n".join(t for p in content if (t := _spoken(p, depth + 1)))
+    if not isinstance(content, dict): return ""
+    fields = ("parts", "text", "value", "refusal", "transcript", "content")
+    return next(filter(None, (_spoken(content.get(f), depth + 1) for f in fields)), "")
+
+# %% ../../nbs/source/readers/04_chat_logs.ipynb #999c8031
+_MARKS = re.compile(r"([ \t]*)\ue200([^\ue200\ue201]*)(?:\ue201|\Z)|[ \t]*【[^【】]*(?:†|oaicite)[^【】]*】"
+                    r"|[ \t]*:contentReference\[oaicite:[^\]]*\](?:\{[^}]*\})?")
+
+def _shown(mark:re.Match)->str:
+    "What the app shows in the place of a mark, with the blank before it."
+    kind, *rest = (mark[2] or "").split("\ue202")
+    if kind == "entity": # a JSON list: kind, name, …
+        try: _, name, *_ = json.loads(rest[0])
+        except (ValueError, IndexError, TypeError): return ""
+        return f"{mark[1]}{name if isinstance(name, str) else ''}"
+    return mark[1] + rest[0] if kind in ("url", "link") and rest else ""
+
+def _readable(text:str)->str:
+    "A text as it was shown: without marks of sources."
+    return re.sub("[\ue200-\ue20f]", "", _MARKS.sub(_shown, clean_text(text))).strip()
+
+# %% ../../nbs/source/readers/04_chat_logs.ipynb #33ab814c
+_TIMES = ("date", "timestamp", "create_time", "created_at", "createdAt", "created", "sent_at", "datetime", "time", "ts")
+
+def _moment(
+    value:Any, # seconds, milliseconds, … since 1970, or a date as text
+)->datetime|None: # with a time zone; UTC if the text has none
+    "A time, if it is one."
+    if isinstance(value, datetime): return value if value.tzinfo else value.replace(tzinfo=timezone.utc)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)): return None
+    if isinstance(value, str):
+        try: # 2024-05-01T10:00:00Z, 2024/05/01
+            return _moment(datetime.fromisoformat(re.sub(r"^(\d{4})/(\d{1,2})/", r"\1-\2-", value.strip())))
+        except ValueError: pass
+    try:
+        units = (float(value) / u for u in (1, 1e3, 1e6, 1e9)) # seconds, milli-, micro- or nanoseconds
+        seconds = next((s for s in units if 1e8 <= s < 1e11), None) # 1973 to 5138
+        return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc)
+    except (ValueError, OverflowError, OSError): return None
+
+def _time_of(
+    record:dict[str, Any], # a message, or what surrounds messages
+)->datetime|str|None: # a time; a text that is none; None if the record has neither
+    "When a record says that it was made."
+    written = [record[k] for k in _TIMES if record.get(k) not in (None, "")]
+    return next(filter(None, map(_moment, written)), None) or next((w for w in written if isinstance(w, str)), None)
+
+# %% ../../nbs/source/readers/04_chat_logs.ipynb #e25f36d1
+_ROLE_NAMES = {
+    **{n: "user" for n in ("user", "human", "prompter")},
+    **{n: "system" for n in ("system", "developer")},
+    **{n: "assistant" for n in "assistant gpt chatgpt bot model ai bing bard gemini claude".split()},
+    **{n: "tool" for n in ("tool", "function", "function_call", "observation", "ipython")}}
+_FIELDS = (("role", "content"), ("from", "value"), ("sender", "text"))
+_NOT_SPEECH = {"tool": "tool message", "hidden": "hidden message", "thinking": "thinking"}
 
 # %% ../../nbs/source/readers/04_chat_logs.ipynb #59703c8b
+def _not_speech(
+    record:dict[str, Any], # a message
+    role:str, # of whom
+)->str: # a key of _NOT_SPEECH; "" for what was said
+    "Why a message was not said to the other."
+    metadata, content = record.get("metadata"), record.get("content")
+    hidden = ("is_visually_hidden_from_conversation", "is_user_system_message", "is_hidden", "hidden")
+    if isinstance(metadata, dict) and any(metadata.get(k) is True for k in hidden): return "hidden"
+    to = record.get("recipient")
+    if role == "tool" or (role == "assistant" and to not in (None, "", "all", "user")): return "tool"
+    if record.get("channel") == "analysis" or _part_kind(content) in _UNSAID: return "thinking"
+    return ""
+
 def _chat_message(
-    record:Any, # {role, content}, {from, value}, or a message of ChatGPT's export
+    record:Any, # {role, content}, {from, value}, {sender, text}, or a message of ChatGPT's export
     where:str, # named in errors
-)->tuple[str, str]: # (role or "tool", text; "" if there is none)
+)->tuple[str, str]: # (role or a key of _NOT_SPEECH, text; "" if there is none)
     "One message in any of the forms above. Raises `DataError`."
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a message with role and content, found {type(record).__name__}.")
     if isinstance(record.get("author"), dict): record = dict(record, role=record["author"].get("role"))
-    sharegpt = record.get("role") is None and record.get("from") is not None
-    names = ("from", "value") if sharegpt else ("role", "content")
-    name = get_field(record, names[0], str, where)
-    role = _ROLE_NAMES.get(name.strip().lower())
+    elif isinstance(own := record.get("isCreatedByUser"), bool): # LibreChat, whose sender is the model's name
+        record = dict(record, role="user" if own else "assistant")
+    named, field = next((f for f in _FIELDS if record.get(f[0]) is not None), _FIELDS[0])
+    name = get_field(record, named, str, where)
+    role = _ROLE_NAMES.get(re.split(r"[\s:=,(\d.-]", name.strip().lower())[0]) # "user name=Ana" of ChatML, "GPT-4"
     if role is None: raise DataError(f"{where}: unknown role {name!r}. Use one of user, assistant, system.")
+    if why := _not_speech(record, role): return why, ""
+    fields = [f for f in (field, "content", "text", "value", "parts") if record.get(f)]
+    if fields: get_field(record, fields[0], (str, list, dict), where)
+    said = (_spoken(record[f]) for f in [*fields, *(f for f in ("refusal", "audio") if f in record)])
+    text = _readable(next(filter(None, said), ""))
     called = record.get("tool_calls") or record.get("function_call")
-    if record.get(names[1]) is None and called: return "tool", ""
-    content = get_field(record, names[1], (str, list, dict), where)
-    if isinstance(content, dict): content = content.get("parts") or [content.get("text") or ""]
-    if isinstance(content, list):
-        parts = (p.get("text") if isinstance(p, dict) else p for p in content)
-        content = "\n".join(p for p in parts if isinstance(p, str))
-    return role, clean_text(content).strip()
+    if not text and called: return "tool", ""
+    known = {field, "content", "text", "value", "parts", "refusal", "audio", "reasoning_content", "reasoning"}
+    if not known & record.keys(): get_field(record, field, (str, list, dict), where) # raises: it is missing
+    return role, text
 
 # %% ../../nbs/source/readers/04_chat_logs.ipynb #96d9cb8c
 def _chatgpt_branch(
     record:dict[str, Any], # one conversation of ChatGPT's conversations.json
     where:str, # named in errors
+    repaired:Counter, # counts conversations whose tree is not whole
 )->list[dict[str, Any]]: # message records, oldest first
     "Follow `parent` from `current_node` to the root. Raises `DataError`."
-    mapping, node = get_field(record, "mapping", dict, where), get_field(record, "current_node", str, where)
+    mapping = get_field(record, "mapping", dict, where)
+    nodes = {k: v for k, v in mapping.items() if isinstance(v, dict)}
+    node = record.get("current_node")
+    if not isinstance(node, str) or node not in nodes:
+        parents = {v.get("parent") for v in nodes.values() if isinstance(v.get("parent"), str)}
+        leaves = [k for k in nodes if k not in parents]
+        if not leaves: raise DataError(f"{where}: the message tree is broken at {node!r}. Export the chat again.")
+        def age(leaf): # the newest; of those without a time, the last in the file
+            message = nodes[leaf].get("message")
+            time = _time_of(message) if isinstance(message, dict) else None
+            return time.timestamp() if isinstance(time, datetime) else 0.0
+        node = max(reversed(leaves), key=age)
+        repaired["conversation without its last message, the newest branch is read"] += 1
     out, seen = [], set()
-    while node is not None:
-        if node in seen or not isinstance(mapping.get(node), dict):
-            raise DataError(f"{where}: the message tree is broken at {node!r}. Export the chat again.")
+    while isinstance(node, str) and node in nodes and node not in seen:
         seen.add(node)
-        out.append(mapping[node].get("message"))
-        node = mapping[node].get("parent")
+        out.append(nodes[node].get("message"))
+        node = nodes[node].get("parent")
+    if node is not None: repaired["conversation whose first messages are lost"] += 1
     return [m for m in reversed(out) if isinstance(m, dict)]
 
 # %% ../../nbs/source/readers/04_chat_logs.ipynb #72e4865c
+_Part = tuple[str, str, datetime|None, list[tuple[str, Any]]] # id, date, time, [(place, message record), …]
+_MESSAGES = ("messages", "conversations", "conversation", "chat_messages", "contents")
+
 def _chat_session(
     record:dict[str, Any], # what surrounds the messages
-    messages:Any, # a list, or an error
-    where:str, # named in errors
-)->tuple[str, str, list]: # (id, date, [(place, message record), …])
-    "One session. Raises `DataError`."
-    if not isinstance(messages, list):
-        raise DataError(f"{where}: expected a list of messages, found {type(messages).__name__}.")
-    date, made = get_field(record, "date", str, where, ""), record.get("create_time")
-    if not date and isinstance(made, (int, float)):
-        date = datetime.fromtimestamp(made, timezone.utc).strftime("%Y-%m-%d")
-    id = str(record.get("session") or record.get("id") or "")
-    return id, date, [(f"{where}, message {i}", m) for i, m in enumerate(messages, 1)]
+    messages:list[tuple[str, Any]], # (place, message record)
+    repaired:Counter, # counts times that cannot be read
+)->_Part:
+    "One session with its time."
+    time, times = _time_of(record), [_time_of(m) for _, m in messages if isinstance(m, dict)]
+    known = sorted(t for t in times if isinstance(t, datetime))
+    if odd := sum(isinstance(t, str) for t in times): repaired["time of a message not understood"] += odd
+    if isinstance(time, datetime): known = [time]
+    told = record.get("date") if isinstance(record.get("date"), str) else time
+    if isinstance(told, str) and not re.fullmatch(r"\s*[\d.]*\s*", told): date = told # as the source writes it
+    elif known: date = " to ".join(dict.fromkeys(t.strftime("%Y-%m-%d") for t in (known[0], known[-1])))
+    else: date = next(map(str, filter(None, times)), "")
+    ids = (record.get(k) for k in ("session", "id", "uuid"))
+    id = next((str(i) for i in ids if i and isinstance(i, (str, int))), "")
+    return clean_text(id), clean_text(date), known[0] if known else None, messages
 
 def _chat_sessions(
     record:Any, # one record of a chat log
     where:str, # named in errors
-)->list[tuple[str, str, list]]: # of (id, date, [(place, message record), …])
+    report:Episodes, # its counters are updated
+)->list[_Part]:
     "The sessions of one record. Raises `DataError`."
+    def session(around, messages, at):
+        if not isinstance(messages, list):
+            raise DataError(f"{at}: expected a list of messages, found {type(messages).__name__}.")
+        placed = [(f"{at}, message {i}", m) for i, m in enumerate(messages, 1)]
+        return _chat_session(around, placed, report.repaired)
     if isinstance(record, list):
-        if not record or not all(isinstance(m, list) for m in record): return [_chat_session({}, record, where)]
-        return [_chat_session({}, m, f"{where}, session {i}") for i, m in enumerate(record, 1)]
+        if not record or not all(isinstance(m, list) for m in record): return [session({}, record, where)]
+        return [session({}, m, f"{where}, session {i}") for i, m in enumerate(record, 1)]
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a list of messages or an object, found {type(record).__name__}.")
     if record.get("sessions") is not None:
-        told = enumerate(get_field(record, "sessions", list, where), 1)
-        return [t for i, s in told for t in _chat_sessions(s, f"{where}, session {i}")]
-    if record.get("mapping") is not None: return [_chat_session(record, _chatgpt_branch(record, where), where)]
-    for name in ("messages", "conversations", "conversation"):
-        if record.get(name) is not None: return [_chat_session(record, record[name], where)]
+        out:list[_Part] = []
+        for i, s in enumerate(get_field(record, "sessions", list, where), 1):
+            try: out += _chat_sessions(s, f"{where}, session {i}", report)
+            except DataError as e: count_odd(report.dropped, "odd conversation", e)
+        return out
+    if record.get("mapping") is not None:
+        return [session(record, _chatgpt_branch(record, where, report.repaired), where)]
+    for name in _MESSAGES:
+        if record.get(name) is not None: return [session(record, record[name], where)]
     if record.get("queries") is not None: return []
     raise DataError(f"{where}: no messages found. Give 'messages', 'conversations' or 'sessions'; the fields found "
                     f"are {sorted(map(str, record))}.")
@@ -104,7 +217,7 @@ def _chatml(
 )->list[tuple[str, dict[str, str]]]: # one record: (place, message record) for each message
     "Plain ChatML text as messages. Raises `DataError`."
     text = "".join(t for _, t in numbered_lines(path))
-    pattern = r"<\|im_start\|>[ \t]*([^\n]*)\n(.*?)(?=<\|im_end\|>|<\|im_start\|>|\Z)"
+    pattern = r"<\|im_start\|>[ \t]*([^\n<]*)(?:\n|<\|im_sep\|>)(.*?)(?=<\|im_end\|>|<\|im_start\|>|\Z)"
     line = lambda m: text.count("\n", 0, m.start()) + 1
     out = [(f"{path}, line {line(m)}", dict(role=m[1].strip(), content=m[2]))
            for m in re.finditer(pattern, text, flags=re.DOTALL)]
@@ -112,71 +225,122 @@ def _chatml(
     return out
 
 # %% ../../nbs/source/readers/04_chat_logs.ipynb #43d11454
+def _is_conversation(value:Any)->bool:
+    "Does a value hold messages?"
+    fields = (*_MESSAGES, "mapping", "sessions", "queries")
+    return isinstance(value, dict) and any(value.get(k) is not None for k in fields)
+
+def _is_message(value:Any)->bool:
+    "Is a value a message, or something like one?"
+    fields = ("author", *(named for named, _ in _FIELDS))
+    return isinstance(value, dict) and not _is_conversation(value) and any(value.get(f) for f in fields)
+
+def _chat_values(
+    path:str|Path, # .json, .jsonl or a hub name
+    split:str, # the split to take with a hub name
+)->list[tuple[str, Any]]: # (place, JSON value): conversations, lists of messages, or messages
+    "The values of a chat log, taken out of the arrays that hold them. Raises `DataError`."
+    if is_hub_name(path):
+        return [(f"{path} [{split}], row {i}", dict(r)) for i, r in enumerate(from_hub(str(path), split=split))]
+    values = list(json_values(path))
+    alone = len(values) == 1
+    held = lambda v: isinstance(v, list) and (alone or any(map(_is_conversation, v)))
+    return [x for w, v in values
+            for x in ([(f"{w}, element {i}", e) for i, e in enumerate(v, 1)] if held(v) else [(w, v)])]
+
 def _chat_records(
     path:str|Path, # .json, .jsonl, .txt (ChatML) or a hub name
     split:str, # the split to take with a hub name
-)->list[tuple[str, dict[str, Any], list]]: # of (place, record, sessions)
+    report:Episodes, # its counters are updated
+)->list[tuple[str, dict[str, Any], list[_Part]]]: # of (place, record, sessions)
     "The records of a chat log. Raises `DataError`."
-    suffix = Path(path).suffix.lower()
-    if is_hub_name(path):
-        values = [(f"{path} [{split}], row {i}", dict(r)) for i, r in enumerate(from_hub(str(path), split=split))]
-    elif suffix in (".txt", ".chatml"): return [(str(path), {}, [("", "", _chatml(path))])]
-    else: values = list(json_values(path))
-    if suffix == ".json" and isinstance(values[0][1], list):
-        values = [(f"{path}, element {i}", v) for i, v in enumerate(values[0][1], 1)]
+    if Path(path).suffix.lower() in (".txt", ".chatml") and not is_hub_name(path):
+        return [(str(path), {}, [_chat_session({}, _chatml(path), report.repaired)])]
+    values = _chat_values(path, split)
     if not values: raise DataError(f"{path}: the history is empty. Give at least one message.")
-    if all(isinstance(v, dict) and (v.get("role") or v.get("from")) for _, v in values): # messages, one a line
-        return [(values[0][0], {}, [("", "", values)])]
-    return [(where, v if isinstance(v, dict) else {}, _chat_sessions(v, where)) for where, v in values]
+    whole = any(_is_conversation(v) or isinstance(v, list) for _, v in values)
+    if any(_is_message(v) for _, v in values) and not whole:
+        return [(values[0][0], {}, [_chat_session({}, values, report.repaired)])] # messages, one a line
+    out = []
+    for where, v in values:
+        try:
+            if isinstance(v, dict): get_field(v, "user", (str, int), where, "")
+            out.append((where, v if isinstance(v, dict) else {}, _chat_sessions(v, where, report)))
+        except DataError as e: count_odd(report.dropped, "odd conversation", e)
+    if not out: raise DataError(f"{path}: nothing in it can be read; left out: {dict(report.dropped)}")
+    return out
 
 # %% ../../nbs/source/readers/04_chat_logs.ipynb #3f1715f0
+def _in_order(
+    sessions:list[tuple[datetime|None, Session]], # with their times, in the file's order
+)->list[Session]: # in the order of time
+    "Sort by time; a session without one stays behind the session before it."
+    keys:list[float] = []
+    last = -math.inf
+    for time, _ in sessions:
+        last = time.timestamp() if time else last
+        keys.append(last)
+    return [sessions[i][1] for i in sorted(range(len(keys)), key=keys.__getitem__)]
+
 def _chat_users(
     path:str|Path, # the chat log
     keep_system:bool, # are system messages turns?
     split:str, # the split to take with a hub name
-    dropped:Counter, # counts messages left out
+    report:Episodes, # its counters are updated
 )->dict[str, tuple[tuple[Session, ...], list]]: # user -> (history, [(place, query record), …])
     "A chat log as one history for each user; Message.id is the position in the file. Raises `DataError`."
-    sessions:dict[str, list[Session]] = {}
+    dropped = report.dropped
+    sessions:dict[str, list[tuple[datetime|None, Session]]] = {}
     asked:dict[str, list] = {}
     position:Counter[str] = Counter()
     def keep(user, at, record): # the message, or None
         position[user] += 1
-        role, text = _chat_message(record, at)
-        if role == "tool": dropped["tool message"] += 1
+        try: role, text = _chat_message(record, at)
+        except DataError as e:
+            count_odd(dropped, "odd message", e)
+            return None
+        if role in _NOT_SPEECH: dropped[_NOT_SPEECH[role]] += 1
         elif role == "system" and not keep_system: dropped["system message"] += 1
         elif not text: dropped["message without text"] += 1
         else: return Message(role, text, id=str(position[user]))
-    for where, record, parts in _chat_records(path, split):
+        return None
+    for where, record, parts in _chat_records(path, split, report):
         user = str(get_field(record, "user", (str, int), where, "") or Path(path).stem)
         mine = sessions.setdefault(user, [])
-        for id, date, messages in parts:
+        for id, date, time, messages in parts:
             kept = tuple(m for at, r in messages if (m := keep(user, at, r)))
-            if kept: mine.append(Session(id or f"s{len(mine) + 1}", kept, date))
+            if kept: mine.append((time, Session(id, kept, date)))
         queries = enumerate(get_field(record, "queries", list, where, []), 1)
         asked.setdefault(user, []).extend((f"{where}, query {i}", q) for i, q in queries)
+    out:dict[str, tuple[tuple[Session, ...], list]] = {}
     for user, mine in sessions.items():
-        if not mine:
-            raise DataError(f"{path}: the history of user {user!r} is empty. Give at least one message of a user or "
-                            "an assistant.")
-    return {user: (make_history(mine), asked[user]) for user, mine in sessions.items()}
+        ordered = _in_order(mine)
+        if ordered != [s for _, s in mine]: report.repaired["history put in the order of time"] += 1
+        named = (Session(s.id or f"s{n}", s.messages, s.date) for n, s in enumerate(ordered, 1))
+        if mine: out[user] = make_history(named), asked[user]
+        else: dropped["user without a message"] += 1
+    if not out:
+        raise DataError(f"{path}: the history of user {', '.join(map(repr, sessions))} is empty. Give at least one "
+                        f"message of a user or an assistant. Left out: {dict(dropped)}")
+    return out
 
 # %% ../../nbs/source/readers/04_chat_logs.ipynb #a714fe1c
 def read_history(
     path:str|Path, # .json, .jsonl, .txt (ChatML) or a hub name
-    user:str|None=None, # whose history; needed if the file holds several users
+    user:str|None=None, # whose history, if the file holds several users; a file of one user is theirs
     keep_system:bool=False, # True: system messages are turns
     split:str="train", # with a hub name, e.g. "train[:10]"
 )->tuple[Session, ...]: # H
     "The history in a chat log, for asking questions about it. What is left out is logged. Raises `DataError`."
-    dropped:Counter[str] = Counter()
-    users = _chat_users(path, keep_system, split, dropped)
-    if user is None and len(users) > 1:
-        raise DataError(f"{path}: it holds {len(users)} users. Choose one with user=, for example {sorted(users)[:3]}.")
-    if user is not None and user not in users:
-        raise DataError(f"{path}: no user {user!r}. It holds {sorted(users)[:5]}.")
-    if dropped: logging.getLogger(__name__).warning("%s: left out %s", path, dict(dropped))
-    return users[user if user is not None else next(iter(users))][0]
+    report = Episodes(source=str(path))
+    users = _chat_users(path, keep_system, split, report)
+    if len(users) > 1 and user not in users:
+        some = ", ".join(sorted(users)[:5]) + (", …" if len(users) > 5 else "")
+        raise DataError(f"{path}: {'' if user is None else f'no user {user!r}; '}it holds {len(users)} users ({some}). "
+                        "Name the one whose history you mean, as user= or --user.")
+    for what, counts in (("left out", report.dropped), ("repaired", report.repaired)):
+        if counts: logging.getLogger(__name__).warning("%s: %s %s", path, what, dict(counts))
+    return users[user if user is not None and user in users else next(iter(users))][0]
 
 # %% ../../nbs/source/readers/04_chat_logs.ipynb #27cc8e95
 _STOPWORDS = frozenset("""
@@ -271,7 +435,7 @@ def read_chat(
     if queries not in ("auto", "file", "cloze"):
         raise DataError(f"read_chat: unknown queries {queries!r}. Use auto, file or cloze.")
     out = Episodes(source=str(path))
-    for user, (history, asked) in _chat_users(path, keep_system, split, out.dropped).items():
+    for user, (history, asked) in _chat_users(path, keep_system, split, out).items():
         made:list[Episode]
         if queries == "cloze" or (queries == "auto" and not asked): made = cloze_queries(history, n, seed, user)
         else: made = [_chat_query(q, history, user, f"{user}/{i}", w) for i, (w, q) in enumerate(asked, 1)]

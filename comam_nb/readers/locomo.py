@@ -13,7 +13,7 @@ from typing import Any
 from ..base.errors import DataError
 from ..base.fields import error_place, get_field
 from ..data import Episode, Episodes, Message, Query, Session, make_history
-from .reading import from_hub, is_hub_name, json_values
+from .reading import count_odd, from_hub, is_hub_name, json_values
 
 # %% ../../nbs/source/readers/03_locomo.ipynb #b00bb222
 def _locomo_history(
@@ -69,21 +69,23 @@ def _locomo_episode(
 )->Episode: # with gold evidence
     "One LoCoMo question as an episode. Raises `DataError`."
     kind, id = get_field(qa, "category", int, where), f"{user}/{where.rsplit(' ', 1)[-1]}"
-    default = [_NO_ANSWER] if kind == 5 else []
-    answer = str(get_field(qa, "answer", (str, int, float), where, *default))
+    answer = _NO_ANSWER if kind == 5 else str(get_field(qa, "answer", (str, int, float), where))
     ids = get_field(qa, "evidence", (list, str), where, [])
     turn_of = {m.id: m.turn for s in history for m in s.messages}
     evidence, repaired, lost = _locomo_evidence([ids] if isinstance(ids, str) else ids, turn_of)
-    for name, n in (("evidence id rewritten", repaired), ("evidence id points nowhere, left out", len(lost)),
-                    ("question kept without evidence", not evidence)):
-        if n: out.repaired[name] += n
-    meta = {"category": kind, **({"evidence_lost": lost} if lost else {})}
+    meta:dict[str, Any] = {"benchmark": "locomo", "category": kind}
+    if lost: meta["evidence_lost"] = lost
     if "adversarial_answer" in qa: meta["adversarial_answer"] = qa["adversarial_answer"]
+    if kind == 5 and qa.get("answer") is not None: meta["given_answer"] = qa["answer"]
     question = get_field(qa, "question", str, where)
     with error_place(where):
         query = Query(question, id, _KINDS.get(kind, str(kind)))
-        return Episode(history, query, answer=answer, evidence=evidence, user=user, id=id,
-                       evidence_kind="gold" if evidence else "none", meta=meta)
+        episode = Episode(history, query, answer=answer, evidence=evidence, user=user, id=id,
+                          evidence_kind="gold" if evidence else "none", meta=meta)
+    for name, n in (("evidence id rewritten", repaired), ("evidence id points nowhere, left out", len(lost)),
+                    ("question kept without evidence", not evidence)):
+        if n: out.repaired[name] += n
+    return episode
 
 # %% ../../nbs/source/readers/03_locomo.ipynb #1f2cc219
 def read_locomo(
@@ -105,9 +107,11 @@ def read_locomo(
         history = _locomo_history(get_field(sample, "conversation", dict, where), where, roles)
         if not history: raise DataError(f"{where}: the history is empty. It needs session_1, session_2, …")
         for j, qa in enumerate(get_field(sample, "qa", list, where)):
-            if get_field(qa, "category", int, f"{where}, qa {j}") == 5 and adversarial == "drop":
-                out.dropped["adversarial (category 5)"] += 1
-            else: out.append(_locomo_episode(qa, history, user, f"{where}, qa {j}", out))
+            try:
+                if get_field(qa, "category", int, f"{where}, qa {j}") == 5 and adversarial == "drop":
+                    out.dropped["adversarial (category 5)"] += 1
+                else: out.append(_locomo_episode(qa, history, user, f"{where}, qa {j}", out))
+            except DataError as e: count_odd(out.dropped, "odd question", e)
     if not out:
         raise DataError(f"{source}: no question can be used; dropped: {dict(out.dropped)}. "
                         "Is it a LoCoMo file with 'conversation' and 'qa'?")

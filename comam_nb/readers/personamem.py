@@ -137,7 +137,8 @@ def _personamem_episode(
     label, id = row["question_type"], row["question_id"]
     number = lambda v: int(v) if re.fullmatch(r"-?\d+", str(v)) else v
     meta = {k: number(v) for k, v in row.items() if k not in _PERSONAMEM_COLUMNS}
-    meta |= dict(label=label, context=row["shared_context_id"], end_index=int(row["end_index_in_shared_context"]))
+    meta |= dict(benchmark="personamem", label=label, context=row["shared_context_id"],
+                 end_index=int(row["end_index_in_shared_context"]))
     text = re.sub(r"^\s*User:\s*", "", row["user_question_or_message"])
     with error_place(f"{where}, field 'user_question_or_message'"):
         query = Query(text, id, PERSONAMEM_KINDS.get(label, label))

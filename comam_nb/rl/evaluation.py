@@ -40,11 +40,14 @@ def evaluate(
 def before_after(
     before:dict[str, np.ndarray], # of `evaluate`: metric -> [E]
     after:dict[str, np.ndarray], # the same episodes after training
+    base:dict[str, np.ndarray]|None=None, # the same before a supervised start, if there was one
 )->str: # a plain-text table
     "Means with intervals before and after, and the paired difference."
-    rows = [["", "before", "after", "difference"]]
-    for m in _METRICS: rows.append([m, *(str(bootstrap(x)) for x in (before[m], after[m], after[m] - before[m]))])
-    widths = [max(len(r[i]) for r in rows) for i in range(4)]
+    rows = [["", *["base"] * (base is not None), "before", "after", "difference"]]
+    for m in _METRICS:
+        scores = [*([base[m]] if base is not None else []), before[m], after[m], after[m] - before[m]]
+        rows.append([m, *(str(bootstrap(x)) for x in scores)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows)
 
 # %% ../../nbs/source/rl/08_evaluation.ipynb #a31652d2

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_lowercase as _LETTERS
+from typing import Any
 
 import numpy as np
 
 from ..base.errors import DataError, MemCollabError
 from ..base.files import lock_file
 from ..data import Episode
-from ..rewards import contains_match, exact_match, normalise_answer
-from .official import official_score, parse_choice
+from ..readers.scores import answer_reward
 from ..systems.interface import Answer, MemorySystem
 
 # %% ../../nbs/source/runs/05_bench.ipynb #84821f5c
@@ -48,13 +48,6 @@ def _news(history, seen:int)->list: # sessions with the messages after the first
     return out
 
 # %% ../../nbs/source/runs/05_bench.ipynb #30bdb0a6
-def _token_f1(pred:str, gold:str)->float: # in [0, 1]
-    "Token F1 after SQuAD's normalisation (Rajpurkar et al. 2016)."
-    p, g = normalise_answer(pred).split(), normalise_answer(gold).split()
-    common = sum((Counter(p) & Counter(g)).values())
-    if not p or not g: return float(p == g)
-    return 2 * common / (len(p) + len(g))
-
 def _session_distance(episode:Episode)->int|None: # None if it is not known
     "How many sessions before the question the answer was said."
     given = str(episode.meta.get("distance_to_ref_in_blocks", ""))
@@ -62,22 +55,28 @@ def _session_distance(episode:Episode)->int|None: # None if it is not known
     gold = [i for i, s in enumerate(episode.history) if any(m.turn in episode.evidence for m in s.messages)]
     return len(episode.history) - 1 - gold[-1] if gold else None
 
-def _scores(answer:Answer, episode:Episode, match:Callable)->dict:
-    "option, right, exact, f1: officially for multiple choice, by `match` and token F1 for open questions."
-    text = answer.text
+def _scores(answer:Answer, episode:Episode, match:Any)->dict:
+    "option, right, exact, f1: multiple choice by its letters, open questions by `match`."
+    text, reply = answer.text, getattr(answer, "reply", "")
     if not episode.options:
-        return dict(option=None, right=float(match(text, episode.answer)),
-                    exact=float(exact_match(text, episode.answer)), f1=_token_f1(text, episode.answer))
+        right, exact, f1 = (answer_reward(text, episode, m) for m in (match, "exact", "f1"))
+        return dict(option=None, right=right, exact=exact, f1=f1)
     letters = _LETTERS[:max(4, len(episode.options))]
     if answer.option and not re.search(rf"\([{letters}]\)", text.lower()):
-        text = f"({answer.option})" # the system chose, without writing the letter in brackets
-    right, named = float(official_score(text, episode.answer, letters)), parse_choice(text, letters)
-    return dict(option=named.pop() if len(named) == 1 else None, right=right, exact=right, f1=right)
+        text = reply = f"({answer.option})" # the system chose, without writing the letter in brackets
+    right = answer_reward(text, episode, text=reply)
+    named = [x for x in letters[:len(episode.options)] if answer_reward(text, replace(episode, answer=x))]
+    return dict(option=named[0] if len(named) == 1 else None, right=right, exact=right, f1=right)
+
+def _match_name(match:Any)->str: # for the settings of a run
+    "What a rule is called: its name, its function's name, or its judge's."
+    if hasattr(match, "complete"): return f"judge: {getattr(match, 'name', '') or match}"
+    return getattr(match, "__name__", str(match))
 
 def record_of(
     answer:Answer, # of a memory system
     episode:Episode, # with its right answer
-    match:Callable[[str, str], bool]=contains_match, # (reply, gold) -> bool, for open questions
+    match:Any="auto", # how open questions are scored, see `answer_reward`
 )->dict: # a line of a run file
     "An answer, scored; costs are 0, and nothing is known about the memory that it came from."
     return dict(id=episode.id, user=episode.user, kind=episode.query.kind, distance=_session_distance(episode),
@@ -151,11 +150,11 @@ class RunFile:
         episodes:Iterable[Episode], # each with an id of its own and a right answer
         system:str, # name
         settings:dict|None=None, # whatever decides the result: model, prompts, k, …; JSON values
-        match:Callable[[str, str], bool]=contains_match, # how open questions are scored
+        match:Any="auto", # how open questions are scored, see `answer_reward`
         kind:str="system", # "no memory" for a baseline without memory
     ):
         self.path, self.episodes = Path(path), _checked(episodes)
-        settings = dict(settings or {}, match=getattr(match, "__name__", str(match)))
+        settings = dict(settings or {}, match=_match_name(match))
         header = dict(version=1, kind=kind, system=system, settings=settings, episodes=_fingerprint(self.episodes),
                       n=len(self.episodes))
         try:
@@ -235,7 +234,7 @@ def run_system(
     out:str|Path, # the run file
     name:str="", # of the system; "" for the callable's own
     settings:dict|None=None, # whatever decides the result: model, prompts, k, …; JSON values
-    match:Callable[[str, str], bool]=contains_match, # how open questions are scored
+    match:Any="auto", # how open questions are scored, see `answer_reward`
     kind:str="system", # "no memory" for a baseline without memory
 )->list[dict]: # n records, in the order of the episodes
     "Ask a memory system every question. Resumable: nothing that stands in the file is asked again. Raises `DataError`."

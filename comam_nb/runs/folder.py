@@ -9,7 +9,6 @@ __all__ = ['CommandError', 'fresh_dir', 'Run', 'on_signals']
 import json, signal, sys, threading, time
 from collections.abc import Callable, Iterator, Iterable
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 from .. import __version__
@@ -61,6 +60,7 @@ _FREE = ("out", "resume", "device", "save_steps", "micro_batches", "eval_batch")
 
 def _versions()->dict[str, str]: # package -> version
     "What a run that begins now is made with."
+    from importlib.metadata import version # a command's --help shall not wait for it
     libraries = ("torch", "transformers", "trl", "peft", "accelerate")
     return {"python": sys.version.split()[0], "comam_nb": __version__, **{p: version(p) for p in libraries}}
 
@@ -91,12 +91,13 @@ def _check_episodes(run, old, ids):
 def _check_unseen(run, known, asked):
     if "training" not in known:
         raise CommandError(f"{run.folder} does not say what it was trained on (no episodes.json): train again, or ask "
-                           "without --unseen")
+                           "with --also-trained")
     trained = set(known["training"])
     seen = [i for i in asked if i in trained]
     if seen:
         raise CommandError(f"{len(seen)} of {len(asked)} questions were trained on by {run.folder}, the first is "
-                           f"{seen[0]!r}: leave them out, or ask without --unseen")
+                           f"{seen[0]!r}: leave them out (`comam eval --run` asks its test part), or "
+                           "ask with --also-trained")
 
 # %% ../../nbs/source/runs/01_folder.ipynb #7657e756
 class Run:

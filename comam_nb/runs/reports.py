@@ -11,17 +11,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from string import ascii_lowercase as _LETTERS
+from typing import Any
 
 import numpy as np
 
-from ..agents import Agent, Usage
+from ..agents import Agent
 from ..base.errors import DataError
 from ..base.files import write_whole
 from ..base.statistics import bootstrap, comparison_table
 from ..data import Episode, Query
 from ..lm.backbone import Backbone, choice_probs
+from ..lm.chat import without_thinking
+from ..lm.usage import Usage
 from ..mdp import State
-from ..rewards import contains_match
 from .bench import RunFile, read_run, record_of, run_system
 from .length_artefact import balanced_accuracy, length_choice, length_rule, length_weights
 from ..systems.interface import Answer, MemorySystem, chosen_option
@@ -116,7 +118,7 @@ class _QuestionOnly(MemorySystem):
         query = Query(query) if isinstance(query, str) else query
         [d] = self.calls.act(self.agents["retrieval"], [State(2, query=query, options=options)])
         text = d.action.answer or d.sample.text.strip()
-        return Answer(text, chosen_option(text, options))
+        return Answer(text, chosen_option(text, options), reply=without_thinking(d.sample.text))
 
 # %% ../../nbs/source/runs/06_reports.ipynb #d2a23ac0
 _DONT_KNOW = "I don't know"
@@ -161,7 +163,7 @@ def _debiased(episodes):
     return {e.id: dict(length_weight=float(w), length_misses=None if m is None else bool(m))
             for e, w, m in zip(choice, length_weights(choice), misses)}
 
-def _write_no_memory(episodes:list[Episode], out_dir:str|Path, match:Callable=contains_match)->None:
+def _write_no_memory(episodes:list[Episode], out_dir:str|Path, match:Any="auto")->None:
     "One run file for each rule without memory. The first of them also says what the debiased protocols need."
     extra = _debiased(episodes)
     for name, replies in _no_memory(episodes).items():
@@ -179,7 +181,7 @@ def evaluate_systems(
     settings:dict|None=None, # what decides the results: model, prompts, …; a change is refused
     backbone:Backbone|object|None=None, # for the row "options_lm"; None, or a chat endpoint, leaves it out
     agents:dict[str, Agent]|None=None, # for the row "question_lm" on open questions; None leaves it out
-    match:Callable[[str, str], bool]=contains_match, # how open questions are scored
+    match:Any="auto", # how open questions are scored, see `answer_reward`
     say:Callable[[str], object]=lambda line: None, # called with a line when a system is done
 )->dict[str, list[dict]]: # name -> records
     "Run systems and the baselines without memory. Resumable. Raises `DataError`."
@@ -259,10 +261,12 @@ def report(
     _, ids, users = _aligned(runs)
     some = next(iter(runs.values()))
     longest = max(map(len, runs.values()))
+    graded = {r["right"] for name in systems for r in runs[name]} - {0, 1}
     partly = f" (of {longest}: some runs are not complete)" if longest > len(ids) else ""
     parts = [f"# Report\n\n{len(ids)} questions that all rows have answered{partly}. {_about_intervals(users)} "
              "Rows with `*` were chosen on these very answers and are optimistic.",
-             "## Accuracy", score_table(runs, against)]
+             "## Accuracy" if graded == set() else "## Score (a share, by the benchmark's own rule)",
+             score_table(runs, against)]
     if any(r["option"] is None and r["f1"] != r["right"] for r in some):
         parts += ["## Token F1", score_table(runs, against, "f1")]
     if table := _debiased_table(runs, without.get("chance", [])): parts += ["## Without the length artefact", table]

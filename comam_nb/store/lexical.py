@@ -6,7 +6,7 @@
 __all__ = ['terms', 'Postings', 'tfidf_scores', 'Bucket']
 
 # %% ../../nbs/source/store/02_lexical.ipynb #7de88b96
-import json, math, re, zlib
+import json, math, re, unicodedata, zlib
 from array import array
 from bisect import bisect_left
 from collections import Counter
@@ -17,13 +17,18 @@ from typing import Any
 
 import numpy as np
 
+from ..base.unspaced import UNSPACED, script_pieces
+
 # %% ../../nbs/source/store/02_lexical.ipynb #84d66852
 _TERM = re.compile(r"\w{2,}")
+_UNSPACED_TERM = re.compile(rf"[{UNSPACED}]+|[^\W{UNSPACED}]{{2,}}")
 def terms(
     text:str, # any text
 )->list[str]: # lower-case words of two or more letters or digits, with repetitions
-    "The terms of a text, cut as scikit-learn's text vectorizers do by default."
-    return _TERM.findall(text.lower())
+    "The terms of a text, cut as scikit-learn's text vectorizers do by default; characters and pairs in CJK and Thai."
+    if text.isascii() or not re.search(f"[{UNSPACED}]", text): return _TERM.findall(text.lower())
+    words = _UNSPACED_TERM.findall(unicodedata.normalize("NFKC", text).lower())
+    return [p for w in words for p in script_pieces(w, 1, 2) or [w]]
 
 # %% ../../nbs/source/store/02_lexical.ipynb #fee56acd
 def _smooth_idf(n:int, df:int)->float: # 1 for a word that all n entries have, more for rarer ones
@@ -394,6 +399,7 @@ class Bucket:
         return out
 
 # %% ../../nbs/source/store/02_lexical.ipynb #b40f0b49
+_CUT = 2 # how `terms` cuts: goes into the checksum, so that a bucket that was cut otherwise is made again
 def _freeze(
     bucket:Bucket,
 )->tuple[int,str,bytes]: # checksum, JSON of the arrays' types and lengths, the arrays
@@ -403,7 +409,7 @@ def _freeze(
         arrays += [np.frombuffer(l.names.span(0, -1), np.uint8), l.names.ends, l.starts, l.docs, l.counts]
     layout = json.dumps([(a.dtype.newbyteorder("<").str, len(a)) for a in arrays])
     data = b"".join(a.astype(a.dtype.newbyteorder("<")).tobytes() for a in arrays)
-    return zlib.crc32(data, zlib.crc32(layout.encode())), layout, data
+    return zlib.crc32(data, zlib.crc32(layout.encode(), _CUT)), layout, data
 def _sound(l:_Lists, text:np.ndarray, n:int)->bool:
     "Whether the numbers of a thawed list point where they may."
     ends = len(l.starts) == len(l.names) + 1 and l.names.ends[-1] == len(text)
@@ -416,7 +422,7 @@ def _thaw(
 )->Bucket|None: # None for anything that `_freeze` has not written
     "The bucket that was frozen."
     try:
-        if zlib.crc32(data, zlib.crc32(layout.encode())) != checksum: return None
+        if zlib.crc32(data, zlib.crc32(layout.encode(), _CUT)) != checksum: return None
         arrays, begins, at = [], [], 0
         for kind, n in json.loads(layout):
             arrays.append(np.frombuffer(data, kind, n, at)); begins.append(at)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from ..agents import Agent, Note
 from ..base.errors import DataError
 from ..data import Query, Session
+from ..lm.chat import without_thinking
 from ..memory import Assistant
 from ..store.items import MemoryStore
 from .interface import Answer, MemorySystem, chosen_option
@@ -40,4 +41,4 @@ class CoMAMSystem(MemorySystem):
             raise DataError(f"{self.name}: the history is empty: observe a session before the first question")
         reply = self.assistant.answer(query if isinstance(query, str) else query.text, options)
         text, read = reply.answer or reply.text.strip(), [Note(i.text, tuple(i.cites)) for i in reply.evidence]
-        return Answer(text, chosen_option(text, options), tuple(read))
+        return Answer(text, chosen_option(text, options), tuple(read), without_thinking(reply.text))

@@ -9,6 +9,7 @@ __all__ = ['Answer', 'chosen_option', 'turns', 'most', 'MemorySystem']
 import bisect, copy, html, re, time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..base.embedders import HashingEmbedder, embed
 from ..base.errors import DataError
 from ..data import Query, Session
 from ..lm.backbone import Backbone, template_length
+from ..lm.chat import without_thinking
 from ..mdp import State
 
 # %% ../../nbs/source/systems/01_interface.ipynb #5f8d2e6c
@@ -27,6 +29,7 @@ class Answer:
     text:str # the answer; the reader's whole text if it marked none
     option:str|None=None # "a", "b", … if options were given and one was chosen
     evidence:tuple=() # the notes that the reader named
+    reply:str="" # the whole text that it was taken from, without thinking
 
 # %% ../../nbs/source/systems/01_interface.ipynb #44457c71
 def chosen_option(
@@ -34,9 +37,9 @@ def chosen_option(
     options:Sequence[str]|None, # the options' texts, without letters
 )->str|None: # "a", "b", …; None if no option is named
     "Which option an answer names: by its letter in front, or by its whole text."
-    letters = "abcdefghij"[:len(options or ())]
+    letters = ascii_lowercase[:len(options or ())]
     said = " ".join(text.split()).casefold()
-    m = re.match(r"\(([a-j])\)|([a-j])(?:[).:]|$)", said)
+    m = re.match(r"\(([a-z])\)|([a-z])(?:[).:]|$)", said)
     if m and (m[1] or m[2]) in letters: return m[1] or m[2]
     plain = lambda o: " ".join(o.split()).casefold().rstrip(".")
     same = [letter for letter, o in zip(letters, options or ()) if plain(o) == said.rstrip(".")]
@@ -208,7 +211,8 @@ class MemorySystem:
         reader.k = max(1, len(self.shown))
         [d] = self.calls.act(reader, [State(2, fine=self.shown, query=query, options=options)])
         text = d.action.answer or d.sample.text.strip()
-        return Answer(text, chosen_option(text, options), tuple(self.shown[n - 1] for n in d.action.used))
+        used, reply = tuple(self.shown[n - 1] for n in d.action.used), without_thinking(d.sample.text)
+        return Answer(text, chosen_option(text, options), used, reply)
     @property
     def acts(self)->dict|None: return self.calls.books.acts
     @acts.setter
