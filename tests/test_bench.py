@@ -19,7 +19,7 @@ from comam_nb.runs import reports
 from comam_nb.runs.bench import RunFile, _chains, _news, read_run, record_of, run_system
 from comam_nb.runs.cases import browse, loss_counts, _lost_by, memory_events
 from comam_nb.runs.length_artefact import _length_rank, balanced_accuracy, length_choice, length_rule, length_weights
-from comam_nb.runs.official import Question, read_questions
+from comam_nb.readers.personamem import Question, read_questions
 from comam_nb.runs.reports import _options_only, _OptionsOnly, evaluate_systems, _read_runs, report
 from comam_nb.systems.comam import CoMAMSystem
 from comam_nb.systems.interface import Answer, MemorySystem
@@ -46,9 +46,10 @@ def test_choices_are_scored_by_letter_or_by_what_the_system_chose():
 
 def test_a_second_chance_in_the_whole_reply():
     quiz = replace(example_episode(), options=("coffee", "tea"), answer="b")
-    class Whole(Answer): reply = "I take (b). <final_answer> unsure </final_answer>"
-    assert record_of(Answer("unsure"), quiz)["right"] == 0 and record_of(Whole("unsure"), quiz)["right"] == 1
-    assert record_of(Whole("coffee", "a"), quiz)["right"] == 0 # what the system chose goes first
+    whole = "I take (b). <final_answer> unsure </final_answer>"
+    assert record_of(Answer("unsure"), quiz)["right"] == 0
+    assert record_of(Answer("unsure", reply=whole), quiz)["right"] == 1
+    assert record_of(Answer("coffee", "a", reply=whole), quiz)["right"] == 0 # what the system chose goes first
 
 @settings(deadline=None)
 @given(st.sampled_from(["tea", "Teas.", "green tea", "", "not mentioned", "(b)", "茶"]),

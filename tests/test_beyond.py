@@ -6,7 +6,7 @@ from comam_nb.microworld import MicroWorld, make_episodes
 from comam_nb.worlds.warm_start import micro_agents, micro_rewards
 from comam_nb.studies.ablation import Budget
 from comam_nb.studies.crossing import (_BACKBONES, _cross, _tiny_neox, _transfer_table, _warm_folder, beyond,
-                                       memory_transfer)
+                                       _memory_transfer)
 
 def test_a_crossing_takes_its_reader_from_the_other_team():
     A, B = ({n: f"{t}-{n}" for n in ("extraction", "profile", "retrieval")} for t in "AB")
@@ -18,7 +18,7 @@ def test_both_backbones_read_and_write():
     world = MicroWorld()
     teams = {n: micro_agents(world, folder=_warm_folder(n)) for n in _BACKBONES}
     assert len({t["profile"].policy.model.config.model_type for t in teams.values()}) == 2
-    right = memory_transfer(teams, make_episodes(world, 60, held_out=True), micro_rewards(world))
+    right = _memory_transfer(teams, make_episodes(world, 60, held_out=True), micro_rewards(world))
     assert set(right) == {(a, b) for a in _BACKBONES for b in _BACKBONES}
     assert all(v.mean() > 0.2 for v in right.values())
 

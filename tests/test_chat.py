@@ -304,9 +304,9 @@ def test_settings_behind_a_question_mark_are_sent(server):
 def thinker(tmp_path_factory):
     "A tiny model whose template thinks unless it is told not to, saved as any other."
     import torch
-    from comam_nb.worlds.warm_start import tiny_llama, world_tokenizer
+    from comam_nb.worlds.warm_start import tiny_llama, _world_tokenizer
     torch.manual_seed(0)
-    tokenizer = world_tokenizer()
+    tokenizer = _world_tokenizer()
     tokenizer.chat_template = ("{% for m in messages %}{{ m.content }} {% endfor %}"
                                "{% if enable_thinking is defined and not enable_thinking %}tea{% else %}coffee{% "
                                "endif %}")

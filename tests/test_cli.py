@@ -74,18 +74,18 @@ def test_own_model_on_a_chat_log(tmp_path, chat, tiny, capsys):
 
 def test_a_judge_on_the_base_leaves_every_adapter_to_the_optimizer(tmp_path, chat, tiny):
     "Scores before training put rubric questions to the base; PEFT then leaves only the active adapter trainable."
-    from comam_nb.cli.comam import parser
+    from comam_nb.cli.comam import _parser
     from comam_nb.cli.train import _build_team, _fill_defaults, _joint_config
     from comam_nb.rl.evaluation import evaluate
     from comam_nb.training import CoMAMTrainer
-    args = parser().parse_args(["train", "--backbone", tiny, "--data", f"chat:{chat}", "--steps", "1", "--group-size",
+    args = _parser().parse_args(["train", "--backbone", tiny, "--data", f"chat:{chat}", "--steps", "1", "--group-size",
                                 "2", "--max-new-tokens", "12", "--eval-episodes", "1"])
     _fill_defaults(args)
-    agents, train_set, held_out, rewards = _build_team(args)
-    trainer = CoMAMTrainer(agents, train_set, rewards, _joint_config(args, tmp_path))
+    agents, split, rewards = _build_team(args)
+    trainer = CoMAMTrainer(agents, split.training, rewards, _joint_config(args, tmp_path))
     for a in agents.values(): # somebody must write a valid line, or the judge is not asked
         a.parse = lambda text, state, name=a.name: Action((Note("a line", (1,)),), frozenset({1}), "tea")
-    evaluate(agents, held_out, rewards)
+    evaluate(agents, split.training[:1], rewards)
     chosen = {id(p) for group in trainer.create_optimizer().param_groups for p in group["params"]}
     assert {k for k, p in trainer.model.named_parameters() if id(p) in chosen} == {k for k,
         p in trainer.model.named_parameters() if ".lora_" in k}
@@ -166,7 +166,9 @@ def test_eval_bad_input(tmp_path, tiny, chat, capsys):
     fails(capsys, ["eval", "--system", "rag", "--questions", "0", *out], "--questions must be at least 1")
     fails(capsys, ["eval", "--system", "rag", "--against", "cam", *out], "--against")
     fails(capsys, ["eval", "--system", "rag", "--data", f"chat:{chat}", *out], "--backbone")
-    fails(capsys, ["eval", "--system", "rag", "--backbone", tiny, *out], "--backbone goes with other --data")
+    fails(capsys, ["eval", "--system", "rag", "--dtype", "float32", *out], "--dtype goes with other --data")
+    fails(capsys, ["eval", *out], "name what to ask, with --system or --run")
+    fails(capsys, ["eval", "--run", str(tmp_path / "none"), *out], "no training run")
     fails(capsys, ["eval", "--system", "rag", "--data", "tweets:x", "--backbone", tiny, *out], "unknown data")
     fails(capsys, ["eval", "--system", "rag", "--data", f"chat:{chat}", "--backbone", tiny, "--user", "nobody", *out],
           "no question with a right answer")

@@ -10,12 +10,12 @@ import comam_nb.studies.laboratory as lab
 from comam_nb.base.errors import CreditError, DataError
 from comam_nb.base.statistics import bootstrap
 from comam_nb.studies.laboratory import (
-    LAB_SCHEMES, LAB_WORLDS, DifferenceRewards, _cut, _kendall, _pearson, _play, _spearman, _tie_noise,
+    LAB_SCHEMES, LAB_WORLDS, _DifferenceRewards, _cut, _kendall, _pearson, _play, _spearman, _tie_noise,
     _variance_explained, _write_groups, _by_measure, contributions, counterfactual, learning_curves,
     measure_schemes, read_curves, read_groups, scheme_weights, shapley)
 from comam_nb.mdp import AGENTS, Scripted, rollout
 from comam_nb.microworld import MicroWorld, make_episodes, understudy
-from comam_nb.worlds.warm_start import micro_agents, micro_rewards, world_agents
+from comam_nb.worlds.warm_start import micro_agents, micro_rewards, _world_agents
 
 MEASURES = LAB_SCHEMES[:6]
 close = torch.testing.assert_close
@@ -127,7 +127,7 @@ def test_intervals_of_shapley_values_are_points_without_variance():
 def played():
     "Four episodes of the micro-world played by scripted casts: one says nothing, the other is perfect."
     world = MicroWorld(budget=10, profile_budget=10)
-    silent = {n: type(a)(Scripted([""])) for n, a in world_agents(world).items()}
+    silent = {n: type(a)(Scripted([""])) for n, a in _world_agents(world).items()}
     episodes = make_episodes(world, 4)
     found = contributions(silent, silent, episodes, micro_rewards(world), understudy(world, AGENTS), G=2)
     return world, silent, episodes, found
@@ -175,7 +175,7 @@ def test_known_rollouts_are_not_played_again():
     world = MicroWorld()
     episodes, agents = make_episodes(world, 2), micro_agents(world)
     groups = rollout(agents, episodes, 3)
-    silent = {n: type(a)(Scripted(["never"])) for n, a in world_agents(world).items()}
+    silent = {n: type(a)(Scripted(["never"])) for n, a in _world_agents(world).items()}
     runs = _play({"team": silent}, [("team",) * 3], episodes, 3, known={"team": groups})
     assert [t.final for g in runs[("team",) * 3] for t in g] == [t.final for g in groups for t in g]
 
@@ -183,14 +183,14 @@ def test_known_rollouts_are_not_played_again():
 def test_difference_rewards_by_hand():
     "A silent team against perfect defaults: nobody alone can mend it, all are 0; the other way round all are missed."
     world = MicroWorld(budget=10, profile_budget=10, profile_share=1.0)
-    silent = {n: type(a)(Scripted([""])) for n, a in world_agents(world).items()}
+    silent = {n: type(a)(Scripted([""])) for n, a in _world_agents(world).items()}
     episodes, perfect = make_episodes(world, 2), understudy(world, AGENTS)
     groups = rollout(silent, episodes, 2)
-    scheme = DifferenceRewards(micro_rewards(world), silent, perfect)
+    scheme = _DifferenceRewards(micro_rewards(world), silent, perfect)
     local, answers = scheme.watch(groups)
     close(scheme(torch.tensor(local[0]), torch.tensor(answers[0])), torch.full((3,), 1 / 3, dtype=torch.float64))
     runs = _play({"perfect": perfect}, [("perfect",) * 3], episodes, 2)[("perfect",) * 3]
-    scheme = DifferenceRewards(micro_rewards(world), perfect, silent, seed=1)
+    scheme = _DifferenceRewards(micro_rewards(world), perfect, silent, seed=1)
     local, answers = scheme.watch(runs)
     assert [v.tolist() for _, _, v in scheme.waiting] == [[1, 1, 1], [1, 1, 1]]
     with pytest.raises(CreditError, match="no replay"): scheme(torch.zeros(3, 2), torch.zeros(2))

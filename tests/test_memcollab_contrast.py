@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from comam_nb.checks.constraints import (Constraint, Distillation, _check_instruction, _similarity, merge,
                                          parse_constraints,
                                          validate)
-from comam_nb.memcollab.contrast import POLICIES, Pair, distill, distill_prompt, pair, provenance, quote
+from comam_nb.memcollab.contrast import _POLICIES, Pair, distill, distill_prompt, pair, provenance, quote
 from comam_nb.memcollab.effects import OfflineDistiller, step_phrases
 from comam_nb.base.errors import MemCollabError
 from comam_nb.checks.sandbox import Verdict
@@ -49,7 +49,7 @@ class Chat:
 def test_pairs_are_what_their_policy_says(rows, within):
     tasks = [Task(f"t{i}", f"task {i}", "c") for i in range(4)]
     ts = [attempt(tasks[i], f"s{s}", f"{i} {s} {k}", ok, k) for i, s, k, ok in rows]
-    for policy in POLICIES:
+    for policy in _POLICIES:
         pairs = pair(ts, tasks, policy=policy, within=within, order=[f"s{i}" for i in range(4)])
         for p in pairs:
             assert p.right is not p.wrong and p.right.task_hash == p.wrong.task_hash == p.task.hash

@@ -11,7 +11,8 @@ from comam_nb.lm.backbone import load_backbone
 from comam_nb.memcollab.contrast import parse_constraints
 from comam_nb.checks.constraints import validate
 from comam_nb.worlds.schools import (_CHOICES, _HABITS, INVARIANTS, _MODELS, _OPERATIONS, HANDWRITING, TOPICS, _ask,
-                                     demo_solvers, demo_tokenizer, _demonstration, _draw_task, lesson, _load_demo, make_tasks, _probe, _procedure, _steps, stock_phrases,
+                                     demo_solvers, demo_tokenizer, _demonstration, _draw_task, lesson, _load_demo,
+                                     make_tasks, _probe, _procedure, _steps, stock_phrases,
                                      _train_demo, _values_in, _write_trace)
 from comam_nb.checks.code_answers import check
 from comam_nb.memcollab.attempts import solve, with_memory

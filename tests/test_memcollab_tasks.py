@@ -11,7 +11,7 @@ from comam_nb.base.errors import MemCollabError
 from comam_nb.checks import math_answers as M
 from comam_nb.checks.math_answers import (_MathWorker, _decide, _exact_value, _final_answer, _plain_number,
                                           check_exact, check_math)
-from comam_nb.checks.taxonomy import TAXONOMIES, TfidfClassifier, _OfflineSorter, _parse_choice, classify, taxonomy
+from comam_nb.checks.taxonomy import TAXONOMIES, _TfidfClassifier, _OfflineSorter, _parse_choice, classify, taxonomy
 from comam_nb.checks.tasks import Task
 from comam_nb.checks.code_answers import _extract_code, called_names, check
 from comam_nb.readers.task_files import _MBPP_IDS, load_gsm8k, load_humaneval, load_math500, load_mbpp, load_tasks
@@ -315,7 +315,7 @@ def test_every_reply_is_a_choice_or_garbage(reply):
 @given(st.lists(st.tuples(st.text(max_size=20), st.sampled_from("abc")), min_size=1, max_size=8), st.text(max_size=20))
 def test_classifier_always_names_a_label_it_has_seen(examples, text):
     texts, labels = zip(*examples)
-    clf = TfidfClassifier().fit(list(texts), list(labels))
+    clf = _TfidfClassifier().fit(list(texts), list(labels))
     assert clf.predict([text])[0] in labels and clf.scores([text]).shape == (1, len(set(labels)))
 
 

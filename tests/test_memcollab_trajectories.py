@@ -738,9 +738,9 @@ def test_progress_is_shown_on_demand(capsys):
 def tiny():
     import torch
     from comam_nb.lm.backbone import Backbone
-    from comam_nb.worlds.warm_start import tiny_llama, world_tokenizer
+    from comam_nb.worlds.warm_start import tiny_llama, _world_tokenizer
     torch.manual_seed(0)
-    tok = world_tokenizer()
+    tok = _world_tokenizer()
     return Backbone(tiny_llama(len(tok)), tok, name="tiny")
 
 

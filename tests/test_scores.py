@@ -1,5 +1,4 @@
 "Whether an answer is right: normalisation in every script, the benchmarks' own rules, and a judge."
-import json
 import re
 from dataclasses import replace
 

@@ -18,7 +18,7 @@ from comam_nb.lm.chat import ChatModel, Reply
 from comam_nb.lm.decoding import sample_group
 from comam_nb.lm.prompts import PROMPTS
 from comam_nb.lm.recorded import RecordingChat, ReplayChat
-from comam_nb.mdp import AGENTS, Scripted, rollout
+from comam_nb.mdp import AGENTS, rollout
 from comam_nb.rewards import MATCHERS, Rewards
 from comam_nb.rl.team import make_team
 from comam_nb.runs.demonstrations import Demonstration, demonstrations

@@ -47,6 +47,10 @@ def fill_model_arguments(
                                    "micro-world brings its own tiny policies")
     elif args.backbone is None:
         raise CommandError("this --data needs --backbone: name a model directory, a .gguf file or a hub id")
+    # so that the run's folder says how it was split
+    if hasattr(args, "split") and not tiny and args.data != "microworld":
+        for k, v in _SPLIT_DEFAULTS.items():
+            if getattr(args, k) is None: setattr(args, k, v)
     for k, v in args.model_defaults.items():
         if getattr(args, k) is None: setattr(args, k, v)
     del args.model_defaults
@@ -92,6 +96,4 @@ def read_split(
 )->"Split":
     "The data set, split as the arguments say."
     from comam_nb.runs.splits import load_split
-    for k, v in _SPLIT_DEFAULTS.items():
-        if getattr(args, k) is None: setattr(args, k, v)
     return load_split(args.data, args.split, args.split_seed, args.validation_users, args.test_users)

@@ -78,8 +78,9 @@ def _fill_defaults(args):
     micro = args.data == "microworld"
     for k in _FILE_ONLY:
         if micro and getattr(args, k) is not None:
-            raise CommandError(f"--{k.replace('_', '-')} goes with other --data: the micro-world makes its own episodes")
-    defaults = _DEFAULTS["llm" if not micro else "microworld" if args.backbone is None else "microworld with --backbone"]
+            raise CommandError(f"--{k.replace('_', '-')} goes with other --data: the micro-world makes its episodes")
+    defaults = _DEFAULTS["llm" if not micro else "microworld" if args.backbone is None
+                         else "microworld with --backbone"]
     more = {"max_prompt_tokens": 1024, "matcher": "citation" if micro else "citation+words"}
     for k, v in {**defaults, **more}.items():
         if getattr(args, k) is None: setattr(args, k, v)
@@ -204,7 +205,8 @@ def _train_in(run:Run, args):
     _save_plots(out)
     seconds = round(time.time() - began, 1)
     start = {"base": summarize(base)} if base else {}
-    run.finish({**start, "before": summarize(before), "after": summarize(after), "steps": args.steps, "seconds": seconds,
+    run.finish({**start, "before": summarize(before), "after": summarize(after), "steps": args.steps,
+                "seconds": seconds,
                 "seed": args.seed})
     kind = "held-out" if split.validation else "training (nothing is held out)"
     print(f"\n{len(evaluated)} {kind} episodes, mean and 95 % interval:\n{before_after(before, after, base)}\n\n"

@@ -124,8 +124,8 @@ def _parts(args, team:"Team")->"tuple[Split, dict | None]": # and who says what 
         training = make_episodes(world, args.steps * args.batch, seed=args.seed)
         return Split(training, make_episodes(world, args.eval_rows, held_out=True), [], "user"), _truth(args.seed)
     split = read_split(args)
-    fitted = (fit_episodes(p, team, args.max_prompt_tokens) if p else [] for p in (split.training, split.validation))
-    return Split(*fitted, split.test, split.by), None
+    fitted = lambda part: fit_episodes(part, team, args.max_prompt_tokens) if part else []
+    return Split(fitted(split.training), fitted(split.validation), split.test, split.by), None
 
 def _write_shown(run:Run, training:"list[Demonstration]", validation:"list[Demonstration]")->None:
     from comam_nb.base.files import write_whole

@@ -50,7 +50,7 @@ def _longmemeval_history(
     "The history of a question in the order of time. Raises `DataError`."
     contents = get_field(record, "haystack_sessions", list, where)
     ids, dates = (_column(record, f"haystack_{k}", len(contents), where) for k in ("session_ids", "dates"))
-    sessions, names, gold = [], [], set()
+    sessions, names, gold = list[Session](), list[str](), set[tuple[int, int]]()
     for i in _in_time(dates):
         messages = []
         told = enumerate(contents[i], 1) if isinstance(contents[i], list) else ()

@@ -95,7 +95,7 @@ def _memoryctrl_episode(
     evidence = _asked_about(question, events, history)
     with error_place(where):
         query = Query(get_field(question, "question", str, where), id, kind)
-        return Episode(history, query, options, answer, evidence, user=question["sample_id"], id=id,
+        return Episode(history, query, tuple(options), answer, evidence, user=question["sample_id"], id=id,
                        evidence_kind="gold" if evidence else "none", meta=meta)
 
 # %% ../../nbs/source/readers/09_memoryctrl.ipynb #88111370

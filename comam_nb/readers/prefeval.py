@@ -114,7 +114,7 @@ def _conversations(
     if not isinstance(talk, (str, Path)): return list(make_history(talk))
     held = [(f"{w}, conversation {i}", c) for w, v in json_values(talk)
             for i, c in enumerate(v if isinstance(v, list) else [v], 1)]
-    out = []
+    out = list[Session]()
     for where, c in held:
         with error_place(where): out += make_history([get_field(c, "conversation", list, where)])
     return out

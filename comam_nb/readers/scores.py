@@ -199,7 +199,7 @@ def _judged(judge:Any, pred:str, gold:str, question:str, kind:str)->float: # 0 o
 # %% ../../nbs/source/readers/09_scores.ipynb #9c97dfa0
 def _letters(episode:Episode|None)->str: # the letters on offer, four at least
     n = len(episode.options or ()) if episode else 0
-    if n > len(_ALPHABET):
+    if episode and n > len(_ALPHABET):
         raise RewardError(f"episode {episode.id!r} has {n} options, but letters only name {len(_ALPHABET)}: leave "
                           "some out")
     return _ALPHABET[:max(4, n)]

@@ -54,7 +54,7 @@ def _line(numbers:Sequence[int], text:str, in_front:bool)->str:
     cite = f"[{', '.join(map(str, numbers))}]"
     return " ".join(filter(None, (cite, text) if in_front else (text, cite)))
 
-def _written(agent:Agent, state:State, action:Action, most:int)->str:
+def _written(agent:Any, state:State, action:Action, most:int)->str:
     "The text of an action; retrieval copies at most so many words of a memory line."
     in_front = agent.opening.endswith("[")
     if state.step < 2:
@@ -180,7 +180,7 @@ def _answer(episode:Episode)->str:
     short = whole.split(";")[0].strip() # LoCoMo's score wants what stands before the reason
     return max((whole, short or whole), key=lambda said: answer_reward(said, episode))
 
-def _found(agent:Agent, state:State, episode:Episode)->Action|None: # None if the memory has none of the evidence
+def _found(agent:Any, state:State, episode:Episode)->Action|None: # None if the memory has none of the evidence
     notes, used = agent.candidates(state), set[int]()
     for turn in sorted(episode.evidence):
         holds = [i for i, n in enumerate(notes, 1) if turn in n.cites]
@@ -222,7 +222,7 @@ def _shown(agent:Agent, todo:Sequence[tuple[Sequence[Episode], State]], gold:Cal
         taught = next((a for a in some if _earns(name, a, episodes)), None)
         if taught and name == "retrieval": taught = replace(taught, answer=_answer(episodes[0]))
         for action, source in ((taught, getattr(teacher, "name", "")), (gold(agent, state, episodes), "gold")):
-            text = action and _completion(agent, state, action)
+            text = _completion(agent, state, action) if action else None
             if not action or text is None: continue
             demos.append(Demonstration(name, agent.prompt(state), text, episodes[0].id, source))
             played.append((episodes, state, action))
@@ -249,7 +249,8 @@ def demonstrations(
     acts = {"extraction": lambda a, s, es: _facts(a, s, es, asked, words),
             "profile": lambda a, s, es: _preferences(a, s), "retrieval": lambda a, s, es: _found(a, s, es[0]),
             **(gold or {})}
-    todo, out = [(g, MemoryMDP(g[0]).reset()) for g in groups.values()], list[Demonstration]()
+    todo:list[tuple[Sequence[Episode], State]] = [(g, MemoryMDP(g[0]).reset()) for g in groups.values()]
+    out = list[Demonstration]()
     for name in AGENTS:
         demos, played = _shown(agents[name], todo, acts[name], teacher, tries)
         if not demos:

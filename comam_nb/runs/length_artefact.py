@@ -15,7 +15,7 @@ import numpy as np
 from ..base.errors import DataError
 from ..base.statistics import Interval, bootstrap
 from ..data import Episode
-from .official import Question
+from ..readers.personamem import Question
 
 # %% ../../nbs/source/runs/04_length_artefact.ipynb #65b4eedb
 _RULES = ("chance", "longest", "shortest", "by_type", "by_type_other_users")
