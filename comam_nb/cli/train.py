@@ -130,7 +130,10 @@ def _build_team(args):
 def _check_start(split, folder:str)->None:
     "What weights were trained on must not be held out here."
     if not Path(folder).is_dir(): raise CommandError(f"--from {folder}: no such directory")
-    if earlier := Run.of(folder): earlier.refuse_trained([*split.validation, *split.test])
+    if earlier := Run.of(folder):
+        if not (earlier.folder / "summary.json").exists():
+            raise CommandError(f"--from {folder}: it has not come to its end: go on with it first, with --resume")
+        earlier.refuse_trained([*split.validation, *split.test])
     else: print(f"{folder}: nothing says what these weights were trained on")
 
 def _start_from(run, team, evaluated, rewards, args)->dict: # the base's scores
