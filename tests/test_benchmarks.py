@@ -10,6 +10,7 @@ def test_there_is_one_for_each_target():
     assert {"joint_step.py", "growth.py", "adapters_memory.py", "extraction.py", "retrieval.py",
             "start_up.py"} <= set(SCRIPTS)
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help(name):
     done = subprocess.run([sys.executable, FOLDER / name, "--help"], capture_output=True, text=True, timeout=120)

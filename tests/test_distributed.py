@@ -110,7 +110,8 @@ def assert_same_weights(a, b):
     print(f"{(apart > 1e-5).sum()} of {len(apart):,} weights are more than 1e-5 apart, at most {apart.max():.1e}")
     assert x.keys() == y.keys() and (apart > 1e-5).sum() <= 10 and apart.max() < 3 * 6e-4
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_n_processes_are_one(launch, alone, tmp_path, processes):
     done = launch(tmp_path, processes, SGD="1")
     assert done.returncode == 0, done.stderr

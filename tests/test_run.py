@@ -118,6 +118,7 @@ def started(out, ready, how, *argv):
         err = p.communicate(timeout=120)[1]
     return p.returncode, err
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_one_line_after_the_step_and_the_run_goes_on(straight, tmp_path):
     out = tmp_path / "run"
     metrics = out / "metrics.jsonl"

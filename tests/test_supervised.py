@@ -345,6 +345,7 @@ def test_the_command_refuses_in_one_line_and_leaves_nothing(command, tmp_path, c
         assert len(lines) == 1 and why in lines[0], (more, lines)
         assert not (tmp_path / "out").exists()
 
+@pytest.mark.slow
 def test_the_micro_world_s_teacher_gives_a_language_model_its_start(command, tmp_path, capsys):
     command[command.index("--data") + 1] = "microworld"
     at = command.index("--max-prompt-tokens")
@@ -356,6 +357,7 @@ def test_the_micro_world_s_teacher_gives_a_language_model_its_start(command, tmp
     assert all("] loves the " in t for t in extraction) and all("] prefers the " in t for t in profile)
     assert retrieval and len(extraction) > 16 < len({d["episode"] for d in shown})
 
+@pytest.mark.slow
 def test_a_recorded_teacher_serves_the_command(command, tmp_path, monkeypatch):
     class Dull(ChatModel):
         name = "dull"
