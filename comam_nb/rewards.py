@@ -252,7 +252,8 @@ class Rewards:
         gold, notes = gold_evidence(t.episode), extraction.action.notes
         turns = [m for s in extraction.state.history for m in s.messages]
         kept = set(self.matcher(notes, turns))
-        wasted = sum(bool(n.cites) and not kept.intersection(n.cites) for n in notes)
+        misses = lambda n: n.cites and not kept.intersection(n.cites)
+        wasted = sum(not self.matcher([n], turns) for n in notes if misses(n))
         wasted += extraction.action.malformed # lines that match nothing
         kept |= {-n for n in range(1, wasted + 1)}
         extraction.reward = extraction_reward(kept, gold, self.alpha)

@@ -282,3 +282,16 @@ def test_weak_columns_and_both():
           f"{right/chosen:.2f}, "
           f"recall {right/sum(map(len, READ)):.2f}; words alone: hit {words}/17")
     assert agree == 17 and hits == 17 and right/chosen >= .9
+
+def test_a_line_that_finds_a_turn_by_its_words_is_not_wasted_for_what_it_cites():
+    "The matcher decides what a line has found: by words, a wrong number in brackets costs nothing."
+    t = example_group()[0]
+    said = "My favourite drink is tea now"
+    def reward(matcher, cites):
+        notes = (Note(said, cites),)
+        x = replace(t, transitions=[replace(t["extraction"], action=replace(t["extraction"].action, notes=notes)),
+                                    *t.transitions[1:]], episode=replace(t.episode, evidence={7}))
+        Rewards(lambda *_: 1.0, matcher)([[x]])
+        return x["extraction"].reward
+    assert reward(MATCHERS["words"], (1,)) == reward(MATCHERS["words"], (7,)) == 0.8 + 0.2 / 2 # turns 3 and 7
+    assert reward(MATCHERS["citation+words"], (7,)) == 1 and reward(MATCHERS["citation+words"], (1,)) == 0

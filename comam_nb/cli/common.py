@@ -59,6 +59,7 @@ def fill_model_arguments(
         if getattr(args, k) < 1:
             raise CommandError(f"--{k.replace('_', '-')} must be at least 1, not {getattr(args, k)}")
 
+# %% ../../nbs/source/cli/01_common.ipynb #84be9279
 def language_team(
     args:argparse.Namespace, # filled in
     policy:str="adapters", # see `make_team`

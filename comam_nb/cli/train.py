@@ -73,6 +73,7 @@ def add_train(
     add_split_arguments(p)
     add_model_arguments(p)
 
+# %% ../../nbs/source/cli/02_train.ipynb #a0d759af
 def _fill_defaults(args):
     fill_model_arguments(args, _LLM_ONLY)
     micro = args.data == "microworld"

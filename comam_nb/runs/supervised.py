@@ -196,6 +196,7 @@ def _taught(team:Team, names:tuple[str, ...], training:list[Demonstration], vali
     return dict(train_before=before[0], train_after=after[0], validation_before=before[1], validation_after=after[1],
                 steps=step, best_step=pupil.state.best_global_step or step)
 
+# %% ../../nbs/source/runs/10_supervised.ipynb #f3e7e88e
 def supervised_start(
     team:Team, # its trained agents learn; adapters, one shared policy, or separate models
     training:Sequence[Demonstration], # see `demonstrations`
