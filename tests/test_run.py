@@ -189,6 +189,11 @@ def test_users_are_kept_apart_from_training_to_the_test(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"{len(ids['test'])} questions of 1 users, 1 systems" in said and "| comam-run |" in said
 
+    shared = tmp_path / "shared" # the run says how its team is made
+    assert main(["train", *few, *more, "--policy", "shared", "--out", str(shared)]) == 0
+    assert main(["eval", "--run", str(shared), "--questions", "1", "--out", str(tmp_path / "eval2")]) == 0
+    capsys.readouterr()
+
     later = tmp_path / "later" # goes on from these weights, with the same users held out
     assert main(["train", *few, *more, "--from", str(out), "--out", str(later)]) == 0
     before, after = (Run(r).read(f) for r, f in ((later, "before.json"), (out, "summary.json")))

@@ -10,7 +10,7 @@ import argparse, time
 from collections.abc import Callable
 from pathlib import Path
 
-from .common import add_model_arguments, fill_model_arguments, language_team
+from .common import MATCHES, add_model_arguments, fill_model_arguments, language_team
 from ..runs.folder import CommandError, Run
 from ..runs.sources import DATA_KINDS, questions_from
 
@@ -30,10 +30,12 @@ def add_eval(
                    help="base, rag, memorybank, amem, cam, mem1, memory-r1, mem0, "
                    "mem0-raw, comam, or a weights directory of `comam train`; several are compared in pairs")
     p.add_argument("--data", help=f"one of {', '.join(DATA_KINDS)} (default microworld)")
-    p.add_argument("--backbone", help="model directory, .gguf file or hub id, for --data other than microworld")
+    p.add_argument("--backbone", help="model directory, .gguf file or hub id; without one the micro-world brings its "
+                   "own tiny policies")
     p.add_argument("--adapters", help="weights directory of a training run, for all named systems")
     p.add_argument("--also-trained", action="store_true", help="also ask what the named weights were trained on")
-    p.add_argument("--match", default="auto", help="when an answer is right: auto (the benchmark's own rule), exact, "
+    p.add_argument("--match", default="auto", choices=MATCHES,
+                   help="when an answer is right: auto (the benchmark's own rule), exact, "
                    "contains, f1 or choice (default auto)")
     p.add_argument("--out",
                    help="directory of the run files; a second call goes on with them (default runs/eval-<time>)")
@@ -43,6 +45,7 @@ def add_eval(
     p.add_argument("--against", help="the system that the others are compared with (default: the first)")
     p.add_argument("--embedder", default="hashing", help="hashing, minilm, a directory or a hub id (default hashing)")
     p.add_argument("--seed", type=int, default=0, help="of the sample")
+    p.set_defaults(policy="adapters") # --run may bring another
     add_model_arguments(p)
 
 # %% ../../nbs/source/cli/04_evaluate.ipynb #ad7fbac4
@@ -68,10 +71,10 @@ def _questions(args):
     return questions_from(args.data, args.user, args.questions, args.seed, only=test)
 
 def _fresh_team(args):
-    if args.backbone: return language_team(args)
+    if args.backbone: return language_team(args, args.policy)
     from comam_nb.microworld import MicroWorld
     from comam_nb.worlds.warm_start import micro_agents
-    return micro_agents(MicroWorld(), r=args.rank, seed=args.seed)
+    return micro_agents(MicroWorld(), args.policy, r=args.rank, seed=args.seed)
 
 # %% ../../nbs/source/cli/04_evaluate.ipynb #0aae17e9
 def _maker(kind:Callable, team, embedder, acts:dict)->Callable: # user -> MemorySystem
@@ -118,6 +121,7 @@ def _take_from_run(args)->None:
     tiny = settings.get("backbone") is None # the micro-world's own policies have no such settings
     for k in _OF_RUN:
         if getattr(args, k) is None and not (tiny and k in _LLM_ONLY): setattr(args, k, settings.get(k))
+    args.policy = settings.get("policy", args.policy)
     if not (run.folder / "weights").is_dir(): raise CommandError(f"{args.trained}: the run has no weights yet")
     args.system = args.system or [str(run.folder / "weights")]
 

@@ -10,7 +10,7 @@ import argparse, os, random, time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import add_model_arguments, add_split_arguments, fill_model_arguments
+from .common import MATCHES, add_model_arguments, add_split_arguments, fill_model_arguments
 from .common import language_team, read_split
 from ..runs.folder import CommandError, Run, fresh_dir, on_signals
 from ..runs.sources import DATA_KINDS, fit_episodes
@@ -65,7 +65,8 @@ def add_train(
                    help=f"episodes evaluated before and after, of the validation part {either('eval_episodes')}")
     p.add_argument("--matcher", help="when a line has found a turn: citation, citation+words or words "
                    "(default: citation for microworld, else citation+words)")
-    p.add_argument("--match", default="auto", help="r_ans: auto (the benchmark's own rule), exact, contains, f1 or "
+    p.add_argument("--match", default="auto", choices=MATCHES,
+                   help="r_ans: auto (the benchmark's own rule), exact, contains, f1 or "
                    "choice (default auto)")
     p.add_argument("--eval-batch", type=int, help=argparse.SUPPRESS)
     p.add_argument("--max-prompt-tokens", type=int, help="tokens of history in a training prompt, with --backbone "
@@ -140,6 +141,7 @@ def _check_start(split, folder:str)->None:
 def _start_from(run, team, evaluated, rewards, args)->dict: # the base's scores
     "Load the weights of --from, after the base was asked the same as they will be."
     import numpy as np
+    from accelerate import PartialState
     from comam_nb.base.files import write_json
     from comam_nb.rl.evaluation import evaluate
     place = Path(args.start)
@@ -147,7 +149,7 @@ def _start_from(run, team, evaluated, rewards, args)->dict: # the base's scores
     kept = run.read("base.json") if args.resume else None
     base = kept or evaluate(team, evaluated, rewards, batch_size=args.eval_batch)
     base = {k: np.asarray(v) for k, v in base.items()}
-    write_json(run.folder / "base.json", {k: v.tolist() for k, v in base.items()})
+    if PartialState().is_main_process: write_json(run.folder / "base.json", {k: v.tolist() for k, v in base.items()})
     team.load(weights)
     return base
 
