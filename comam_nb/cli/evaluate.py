@@ -10,7 +10,7 @@ import argparse, time
 from collections.abc import Callable
 from pathlib import Path
 
-from .common import MATCHES, add_model_arguments, fill_model_arguments, language_team
+from .common import add_model_arguments, fill_model_arguments, language_team
 from ..runs.folder import CommandError, Run
 from ..runs.sources import DATA_KINDS, questions_from
 
@@ -34,7 +34,7 @@ def add_eval(
                    "own tiny policies")
     p.add_argument("--adapters", help="weights directory of a training run, for all named systems")
     p.add_argument("--also-trained", action="store_true", help="also ask what the named weights were trained on")
-    p.add_argument("--match", default="auto", choices=MATCHES,
+    p.add_argument("--match", default="auto", choices=("auto", "exact", "contains", "f1", "choice"),
                    help="when an answer is right: auto (the benchmark's own rule), exact, "
                    "contains, f1 or choice (default auto)")
     p.add_argument("--out",

@@ -10,7 +10,7 @@ import argparse, os, random, time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import MATCHES, add_model_arguments, add_split_arguments, fill_model_arguments
+from .common import add_model_arguments, add_split_arguments, fill_model_arguments
 from .common import language_team, read_split
 from ..runs.folder import CommandError, Run, fresh_dir, on_signals
 from ..runs.sources import DATA_KINDS, fit_episodes
@@ -65,7 +65,7 @@ def add_train(
                    help=f"episodes evaluated before and after, of the validation part {either('eval_episodes')}")
     p.add_argument("--matcher", help="when a line has found a turn: citation, citation+words or words "
                    "(default: citation for microworld, else citation+words)")
-    p.add_argument("--match", default="auto", choices=MATCHES,
+    p.add_argument("--match", default="auto", choices=("auto", "exact", "contains", "f1", "choice"),
                    help="r_ans: auto (the benchmark's own rule), exact, contains, f1 or "
                    "choice (default auto)")
     p.add_argument("--eval-batch", type=int, help=argparse.SUPPRESS)
