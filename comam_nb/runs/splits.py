@@ -62,7 +62,9 @@ def _split(
     validation_users, test_users = list(validation_users), list(test_users)
     if validation_users or test_users: return _named(episodes, validation_users, test_users)
     by, labels = "user", [e.user for e in episodes]
-    if len(set(labels)) < 3: by, labels = "session", _blocks(episodes)
+    if len(set(labels)) < 3:
+        episodes = [e for e in episodes if e.evidence] # nobody knows on which sessions the others rest
+        by, labels = "session", _blocks(episodes)
     if len(set(labels)) < 3: return Split(episodes, [], [], "nothing")
     labelled = [replace(e, user=label) for e, label in zip(episodes, labels)]
     original = {id(l): e for l, e in zip(labelled, episodes)}
