@@ -196,6 +196,9 @@ def test_users_are_kept_apart_from_training_to_the_test(tmp_path, capsys):
 
     later = tmp_path / "later" # goes on from these weights, with the same users held out
     assert main(["train", *few, *more, "--from", str(out), "--out", str(later)]) == 0
+    header = next(l for l in capsys.readouterr().out.splitlines() if "difference" in l)
+    assert header.split() == ["base", "before", "after", "difference"]
+    assert set(Run(later).read("summary.json")) >= {"base", "before", "after"}
     before, after = (Run(r).read(f) for r, f in ((later, "before.json"), (out, "summary.json")))
     assert sum(before["r_ret"]) / len(before["r_ret"]) == pytest.approx(after["after"]["r_ret"]["mean"])
     capsys.readouterr()
