@@ -246,6 +246,7 @@ def test_a_run_cut_anywhere_goes_on_and_repeats_nothing(tmp_path, keep):
     lines = [json.loads(l) for l in out.read_text().splitlines()]
     assert "run" in lines[0] and sorted(l["id"] for l in lines[1:]) == ["early", "late", "middle"]
 
+@pytest.mark.slow
 def test_killed_between_questions(tmp_path):
     "A real SIGKILL, then the same command again."
     code = textwrap.dedent("""

@@ -51,6 +51,7 @@ def test_train_writes_everything(tmp_path, capsys):
     for a in ("extraction", "profile", "retrieval"):
         assert load_file(str(out / "weights" / a / "adapter_model.safetensors"))
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(tmp_path):
     for name in "ab": main(["train", "--out", str(tmp_path / name), *SMALL, "--seed", "7"])
     a, b = (load_file(str(tmp_path / n / "weights" / "retrieval" / "adapter_model.safetensors")) for n in "ab")

@@ -76,7 +76,7 @@ def brute(entries, query, category, subcategory, p, K, how, model, exclude):
             for k in samples]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), constraint), min_size=1, max_size=14), phrase,
        st.sampled_from(["a", "b", None]), st.sampled_from(["", "u", None]),
        st.integers(1, 4), st.integers(1, 3), st.sampled_from(list(SLOW)), st.sampled_from([None, "m", "n"]),
@@ -509,7 +509,7 @@ def simple(entries, query, how, p=3, K=3):
     return [(entries[d], scores[d]) for s in samples for d in [d for d in order if entries[d].sample == s][:K]]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.lists(constraint, min_size=1, max_size=4)), min_size=1, max_size=12),
        st.lists(phrase, min_size=1, max_size=3), st.integers(0, 3))
 def test_stored_arrays_equal_the_simple_path_exactly(tmp_path_factory, steps, queries, pending):

@@ -297,6 +297,7 @@ done = run_arms(TRAIN, TEST, agents(Slow), path={path!r}, distiller=Exact(), see
 print(json.dumps([o.right for o in done.outcomes]))
 """
 
+@pytest.mark.slow
 def test_a_killed_run_solves_nothing_twice(tmp_path):
     log = tmp_path / "log"
     code = KILLED.format(tests=str(Path(__file__).parent), log=str(log), path=str(tmp_path / "runs"))

@@ -261,6 +261,7 @@ READ = [{12, 14}, {79, 81}, {26, 27}, {40, 41}, {89, 90}, {86, 87}, {83, 84}, {2
         {110, 112}, {110, 112}, {86, 87}]
 
 
+@pytest.mark.slow
 @needs_data
 def test_weak_columns_and_both():
     from comam_nb.readers.weak_evidence import _located

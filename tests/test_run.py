@@ -12,6 +12,7 @@ from comam_nb.base.errors import MemCollabError
 from comam_nb.base.files import last_checkpoint, write_json, write_whole
 from comam_nb.cli.comam import main
 from comam_nb.data import Episode, Message, Query, Session
+from comam_nb.runs.reports import read_scores
 from comam_nb.runs.folder import CommandError, Run
 
 SMALL = ["--steps", "3", "--episodes-per-step", "2", "--group-size", "4", "--eval-episodes", "4"]
@@ -86,9 +87,10 @@ def test_a_torn_checkpoint_is_passed_over(stopped, name, damage):
 
 @pytest.mark.parametrize("torn", [
     {"checkpoints/checkpoint-3/optimizer.pt": cut, "metrics.jsonl": cut, "before.json": cut},
-    {"checkpoints/checkpoint-3/trainer_state.json": cut, "metrics.jsonl": empty, "before.json": empty},
-    {"checkpoints/checkpoint-3/rng_state.pth": Path.unlink, "before.json": Path.unlink}],
-                         ids=["cut", "empty", "missing"])
+    pytest.param({"checkpoints/checkpoint-3/trainer_state.json": cut, "metrics.jsonl": empty, "before.json": empty},
+                 marks=pytest.mark.slow),
+    pytest.param({"checkpoints/checkpoint-3/rng_state.pth": Path.unlink, "before.json": Path.unlink},
+                 marks=pytest.mark.slow)], ids=["cut", "empty", "missing"])
 def test_a_torn_run_goes_on_from_what_is_whole(straight, stopped, torn, capsys):
     for name, damage in torn.items(): damage(stopped / name)
     assert main(["train", "--out", str(stopped), "--save-steps", "1", "--resume", *SMALL]) == 0
@@ -202,6 +204,22 @@ def test_users_are_kept_apart_from_training_to_the_test(tmp_path, capsys):
     before, after = (Run(r).read(f) for r, f in ((later, "before.json"), (out, "summary.json")))
     assert sum(before["r_ret"]) / len(before["r_ret"]) == pytest.approx(after["after"]["r_ret"]["mean"])
     capsys.readouterr()
+
+    windows = ["eval", "--windows", "--run", str(later), "--against", str(out / "weights")]
+    assert main([*windows, "--out", str(tmp_path / "windows")]) == 0
+    said = capsys.readouterr().out
+    assert f"{len(ids['test'])} windows, 3 teams" in said and "difference to comam-run |" in said
+    assert all(f"| {name} |" in said for name in ("untrained", "comam-run", "comam-later", "dont_know", "question_lm"))
+    assert all(f"## {r} " in said for r in ("r_cons_f", "r_cons_c", "r_ret"))
+    teams, _ = read_scores(tmp_path / "windows" / "scores.csv")
+    assert {len(rows) for rows in teams.values()} == {len(ids["test"])}
+    assert all(r["session"] for r in teams["untrained"])
+    assert main([*windows, "--out", str(tmp_path / "windows")]) == 0 # nobody is asked twice
+    assert "untrained: " not in capsys.readouterr().out
+    for bad, why in ((["--system", "rag"], "asks teams: 'rag'"), (["--against", "zoe"], "--against zoe")):
+        assert main([*windows[:-2], *bad, "--out", str(tmp_path / "none")]) == 2 and why in capsys.readouterr().err
+    assert main(["eval", "--windows", "--system", str(out / "weights")]) == 2
+    assert "--windows goes with --run" in capsys.readouterr().err
     held = next(iter(users[0]))
     bad = ["train", *few, *more, "--from", str(out), "--test-users", held, "--out", str(tmp_path / "never")]
     assert main(bad) == 2 and "were trained on by" in capsys.readouterr().err and not (tmp_path / "never").exists()

@@ -233,7 +233,8 @@ def test_rows_of_unequal_length_count_as_if_each_were_alone(tok, tmp_path):
     came = supervised_start(team, demos, [], tmp_path, steps=1, say=silent)["profile"]
     assert came["train_before"] == pytest.approx(nats / words, abs=1e-5)
 
-@pytest.mark.parametrize("policy, names", [("shared", ["extraction-profile-retrieval"]), ("separate", list(AGENTS))])
+@pytest.mark.parametrize("policy, names", [("shared", ["extraction-profile-retrieval"]),
+    pytest.param("separate", list(AGENTS), marks=pytest.mark.slow)])
 def test_agents_that_share_a_policy_learn_together_and_whole_models_learn_alone(tok, tmp_path, policy, names):
     models = {a: tiny(tok) for a in AGENTS} if policy == "separate" else tiny(tok)
     team = team_on(models, policy)

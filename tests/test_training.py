@@ -110,14 +110,14 @@ def test_prompts_kept_from_writing_to_scoring_change_nothing_but_the_time(tmp_pa
     assert read == ([2, 8, 8] if own else [1] if policy == "shared" else [1, 1, 1]) * 2
     for k in simple: torch.testing.assert_close(kept[k], simple[k], rtol=1e-4, atol=1e-5, msg=k)
 
+@pytest.mark.slow
 def test_no_more_prompts_are_kept_than_allowed(tmp_path, monkeypatch):
     # an episode's prompt has some 700 tokens, the eight others have thousands
     _, read, scored, _ = trained(tmp_path, monkeypatch, 1500)
     assert read == [2, 2] and scored == [True, False, False] * 2
 
-LATER = pytest.mark.slow # the rarer ways to train
-@pytest.mark.parametrize("kw", [dict(dropout=0.1), pytest.param(dict(gradient_checkpointing=True), marks=LATER),
-                                pytest.param(dict(shared_prefix=False), marks=LATER)])
+@pytest.mark.slow # the rarer ways to train
+@pytest.mark.parametrize("kw", [dict(dropout=0.1), dict(gradient_checkpointing=True), dict(shared_prefix=False)])
 def test_prompts_are_read_twice_where_that_is_not_the_same(tmp_path, monkeypatch, kw):
     _, read, scored, _ = trained(tmp_path, monkeypatch, 10**6, **kw)
     assert not read and not any(scored)
@@ -128,6 +128,7 @@ def test_micro_batches_of_one_prompt_do_not_share_a_reading(tmp_path, monkeypatc
     assert read == [1] * 6 and scored == [True, False] * 6 # the first has used it up
     for k in simple: torch.testing.assert_close(kept[k], simple[k], rtol=1e-4, atol=1e-5, msg=k)
 
+@pytest.mark.slow
 def test_a_second_update_with_the_same_texts_reads_again(tmp_path, monkeypatch):
     simple, *_ = trained(tmp_path, monkeypatch, 0, own=False, num_iterations=2)
     kept, read, scored, _ = trained(tmp_path, monkeypatch, 10**6, own=False, num_iterations=2)

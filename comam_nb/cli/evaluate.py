@@ -10,13 +10,14 @@ import argparse, time
 from collections.abc import Callable
 from pathlib import Path
 
-from .common import add_model_arguments, fill_model_arguments, language_team
+from .common import add_model_arguments, fill_model_arguments, language_team, rewards_of
 from ..runs.folder import CommandError, Run
 from ..runs.sources import DATA_KINDS, questions_from
 
 # %% ../../nbs/source/cli/04_evaluate.ipynb #540163ad
 _LLM_ONLY = ("dtype", "device", "context", "prompts", "max_new_tokens")
-_OF_RUN = ("data", "backbone", "dtype", "context", "prompts", "max_new_tokens", "rank") # settings that a run brings
+_OF_RUN = ("data", "backbone", "dtype", "context", "prompts", "max_new_tokens", "rank", "match", "matcher",
+           "max_prompt_tokens") # settings that a run brings
 
 def add_eval(
     sub:argparse._SubParsersAction, # of `comam`
@@ -26,6 +27,9 @@ def add_eval(
     p.set_defaults(run=_evaluate)
     p.add_argument("--run", dest="trained", metavar="DIR", help="ask the test part of this training run, with its "
                    "settings; --system is its weights if not given")
+    p.add_argument("--windows", action="store_true", help="with --run: each question on the messages around its "
+                   "evidence, as in training, with the rewards of all agents; --system names weights directories or "
+                   "untrained (default: untrained, the run's start, the run)")
     p.add_argument("--system", nargs="+",
                    help="base, rag, memorybank, amem, cam, mem1, memory-r1, mem0, "
                    "mem0-raw, comam, or a weights directory of `comam train`; several are compared in pairs")
@@ -34,9 +38,9 @@ def add_eval(
                    "own tiny policies")
     p.add_argument("--adapters", help="weights directory of a training run, for all named systems")
     p.add_argument("--also-trained", action="store_true", help="also ask what the named weights were trained on")
-    p.add_argument("--match", default="auto", choices=("auto", "exact", "contains", "f1", "choice"),
+    p.add_argument("--match", choices=("auto", "exact", "contains", "f1", "choice"),
                    help="when an answer is right: auto (the benchmark's own rule), exact, "
-                   "contains, f1 or choice (default auto)")
+                   "contains, f1 or choice (default auto, or the run's)")
     p.add_argument("--out",
                    help="directory of the run files; a second call goes on with them (default runs/eval-<time>)")
     p.add_argument("--questions", type=int,
@@ -45,7 +49,7 @@ def add_eval(
     p.add_argument("--against", help="the system that the others are compared with (default: the first)")
     p.add_argument("--embedder", default="hashing", help="hashing, minilm, a directory or a hub id (default hashing)")
     p.add_argument("--seed", type=int, default=0, help="of the sample")
-    p.set_defaults(policy="adapters") # --run may bring another
+    p.set_defaults(policy="adapters", start=None, matcher=None, max_prompt_tokens=None) # --run may bring others
     add_model_arguments(p)
 
 # %% ../../nbs/source/cli/04_evaluate.ipynb #ad7fbac4
@@ -87,6 +91,10 @@ def _maker(kind:Callable, team, embedder, acts:dict)->Callable: # user -> Memory
         return system
     return make
 
+def _team_name(place:str)->str:
+    path = Path(place).resolve()
+    return "comam-" + (path.parent if path.name == "weights" else path).name
+
 def _systems(args)->tuple:
     "name -> callable(user), and the team. Raises `CommandError` for a name that is neither a system nor weights."
     from comam_nb.base.embedders import HFEmbedder
@@ -101,10 +109,9 @@ def _systems(args)->tuple:
     if args.adapters: team.load(args.adapters)
     for s in args.system:
         if s not in classes: # a directory of weights
-            path, trained = Path(s).resolve(), _fresh_team(args)
-            trained.load(path)
-            name = "comam-" + (path.parent if path.name == "weights" else path).name
-            out[name] = _maker(classes["comam"], trained, embedder, acts)
+            trained = _fresh_team(args)
+            trained.load(s)
+            out[_team_name(s)] = _maker(classes["comam"], trained, embedder, acts)
         elif s == "memory-r1" and args.data == "microworld":
             from comam_nb.systems.memory_r1 import memory_r1_agents
             out[s] = _maker(classes[s], memory_r1_agents(), embedder, acts)
@@ -121,9 +128,11 @@ def _take_from_run(args)->None:
     tiny = settings.get("backbone") is None # the micro-world's own policies have no such settings
     for k in _OF_RUN:
         if getattr(args, k) is None and not (tiny and k in _LLM_ONLY): setattr(args, k, settings.get(k))
-    args.policy = settings.get("policy", args.policy)
+    args.policy, args.start = settings.get("policy", args.policy), settings.get("start")
     if not (run.folder / "weights").is_dir(): raise CommandError(f"{args.trained}: the run has no weights yet")
-    args.system = args.system or [str(run.folder / "weights")]
+    weights = lambda place: str(place / "weights") if (place / "weights").is_dir() else str(place)
+    began = ["untrained", *([weights(Path(args.start))] if args.start else [])] if args.windows else []
+    args.system = args.system or [*began, weights(run.folder)]
 
 def _refuse_trained(args, episodes):
     "Questions that named weights were trained on, unless --also-trained."
@@ -134,19 +143,57 @@ def _refuse_trained(args, episodes):
 
 def _check(args)->None:
     _take_from_run(args)
-    args.data = args.data or "microworld"
+    args.data, args.match = args.data or "microworld", args.match or "auto"
+    if args.windows and not args.trained: raise CommandError("--windows goes with --run: it brings the rewards' rules")
     if not args.system: raise CommandError("name what to ask, with --system or --run")
     fill_model_arguments(args, _LLM_ONLY)
     if args.questions is not None and args.questions < 1:
         raise CommandError(f"--questions must be at least 1, not {args.questions}")
     if len(set(args.system)) < len(args.system): raise CommandError("a system is named twice")
-    if args.against and args.against not in args.system:
+    rows = {s: _team_name(s) if Path(s).is_dir() else s for s in args.system} # as the report names them
+    args.against = rows.get(args.against, args.against)
+    if args.against and args.against not in rows.values():
         raise CommandError(f"--against {args.against}: name one of the systems of this run")
 
+# %% ../../nbs/source/cli/04_evaluate.ipynb #e4ed49ba
+def _say(line): print(line, flush=True)
+
+def _ask_systems(args, episodes, out:Path, settings:dict)->list[str]: # names
+    "Memory systems, on whole histories."
+    from comam_nb.runs.reports import evaluate_systems
+    systems, team = _systems(args)
+    _say(f"{len(episodes)} questions of {len({e.user for e in episodes})} users, {len(systems)} systems, into {out}")
+    policy = team["retrieval"].policy
+    evaluate_systems(systems, episodes, out, settings, policy, team, match=args.match, say=_say)
+    return list(systems)
+
+def _ask_windows(args, episodes, out:Path, settings:dict)->list[str]: # names
+    "Teams, on the messages around the evidence; beside them the rows without memory."
+    from comam_nb.runs.reports import evaluate_systems
+    from comam_nb.runs.sources import fit_episodes
+    from comam_nb.runs.windows import window_scores
+    teams = {"untrained" if s == "untrained" else _team_name(s): s for s in args.system}
+    for s in teams.values():
+        if s != "untrained" and not Path(s).is_dir():
+            raise CommandError(f"--windows asks teams: {s!r} is no weights directory")
+    team = _fresh_team(args)
+    if args.data != "microworld": episodes = fit_episodes(episodes, team, args.max_prompt_tokens)
+    _say(f"{len(episodes)} windows, {len(teams)} teams, into {out}")
+    evaluate_systems({}, episodes, out, settings, team["retrieval"].policy, team, args.match, _say)
+    for name, place in teams.items():
+        if place != "untrained":
+            team = _fresh_team(args)
+            team.load(place)
+        count = lambda done: _say(f"{name}: {done} of {len(episodes)}")
+        window_scores(team, episodes, rewards_of(args, team), out / f"{name}.jsonl", name, settings, seed=args.seed,
+                      say=count)
+    return list(teams)
+
+# %% ../../nbs/source/cli/04_evaluate.ipynb #cb4b5472
 def _evaluate(args)->int:
-    "`comam eval`: run files, report.md and a table on the screen."
+    "`comam eval`: run files, report.md, scores.csv and a table on the screen."
     from comam_nb.base.files import write_whole
-    from comam_nb.runs.reports import evaluate_systems, report
+    from comam_nb.runs.reports import report, write_scores
     _check(args)
     out = Path(args.out) if args.out else Path("runs") / time.strftime("eval-%Y%m%d-%H%M%S")
     if out.is_file(): raise CommandError(f"{out}: a file: name a directory")
@@ -155,16 +202,12 @@ def _evaluate(args)->int:
         torch.set_num_threads(1)
     episodes = _questions(args)
     _refuse_trained(args, episodes)
-    systems, team = _systems(args)
-    print(f"{len(episodes)} questions of {len({e.user for e in episodes})} users, {len(systems)} systems, into {out}",
-          flush=True)
-    names = ("data", "backbone", "prompts", "max_new_tokens", "embedder", "adapters", "rank", "dtype", "context",
-             "seed", "match")
+    names = ("data", "backbone", "prompts", "max_new_tokens", "rank", "dtype", "context", "seed", "match",
+             *(("matcher", "max_prompt_tokens") if args.windows else ("embedder", "adapters")))
     settings = {k: getattr(args, k) for k in names}
-    policy = team["retrieval"].policy
-    evaluate_systems(systems, episodes, out, settings, policy, team, match=args.match,
-                     say=lambda line: print(line, flush=True))
-    text = report(out, args.against or next(iter(systems)))
+    asked = (_ask_windows if args.windows else _ask_systems)(args, episodes, out, settings)
+    text = report(out, args.against or asked[0])
     write_whole(out / "report.md", text)
+    write_scores(out, out / "scores.csv")
     print(f"\n{text}\n{out / 'report.md'}")
     return 0

@@ -258,11 +258,11 @@ class Recall:
         "Declare them."
         _recall_arguments(p, hows)
     def __init__(self, args:argparse.Namespace): # fails here, before a model is loaded
-        "Raises `MemCollabError` for p or K out of range."
+        "Raises `CommandError` for p or K out of range."
         self.args, self.match = args, getattr(args, "match", "subcategory")
-        from comam_nb.store.bank_index import in_range
-        in_range("-p", args.p)
-        in_range("-K", args.K)
+        for flag, n in (("-p", args.p), ("-K", args.K)):
+            if not 1 <= n <= 100:
+                raise CommandError(f"{flag} is {n}: give a whole number from 1 to 100 (the paper has 3)")
     def settings(self, chat:"Chat|None"=None)->dict[str, Any]:
         "For `ConstraintBank.retrieve`."
         a = self.args

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import add_model_arguments, add_split_arguments, fill_model_arguments
-from .common import language_team, read_split
+from .common import language_team, read_split, rewards_of
 from ..runs.folder import CommandError, Run, fresh_dir, on_signals
 from ..runs.sources import DATA_KINDS, fit_episodes
 
@@ -95,16 +95,10 @@ def _fill_defaults(args):
                            "rollout, and nothing can be learnt from it")
 
 # %% ../../nbs/source/cli/02_train.ipynb #a915345b
-def _rewards_of(args, judge):
-    from comam_nb.rewards import MATCHERS, Rewards
-    if args.matcher not in MATCHERS:
-        raise CommandError(f"unknown matcher {args.matcher!r}: use one of {', '.join(MATCHERS)}")
-    return Rewards(judge, MATCHERS[args.matcher], match=args.match)
-
 def _build_micro(args):
     from comam_nb.microworld import MicroWorld, make_episodes
     from comam_nb.runs.splits import Split
-    from comam_nb.worlds.warm_start import micro_agents, micro_rewards
+    from comam_nb.worlds.warm_start import micro_agents
     import torch
     world = MicroWorld()
     if args.backbone is None:
@@ -114,20 +108,18 @@ def _build_micro(args):
     else: team = language_team(args, args.policy)
     training = make_episodes(world, args.steps * args.episodes_per_step, seed=args.seed)
     held_out = make_episodes(world, args.eval_episodes, held_out=True)
-    return team, Split(training, held_out, [], "user"), _rewards_of(args, micro_rewards(world).judge)
+    return team, Split(training, held_out, [], "user"), rewards_of(args, team)
 
 def _build_team(args):
     "A team, the episodes in parts, and rewards."
     if args.data == "microworld": return _build_micro(args)
-    from comam_nb.rewards import RubricJudge, lm_yes
     from comam_nb.runs.splits import Split
     split = read_split(args)
     team = language_team(args, args.policy)
-    judge = RubricJudge(lm_yes(team.judge)) # frozen, whatever is trained
     fitted = lambda part: fit_episodes(part, team, args.max_prompt_tokens) if part else []
     watched = random.Random(args.split_seed).sample(split.validation, min(args.eval_episodes, len(split.validation)))
     fit = Split(fitted(split.training), fitted(watched), split.test, split.by)
-    return team, fit, _rewards_of(args, judge)
+    return team, fit, rewards_of(args, team)
 
 def _check_start(split, folder:str)->None:
     "What weights were trained on must not be held out here."

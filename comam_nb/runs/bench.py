@@ -48,11 +48,14 @@ def _news(history, seen:int)->list: # sessions with the messages after the first
     return out
 
 # %% ../../nbs/source/runs/05_bench.ipynb #30bdb0a6
+def _gold_sessions(episode:Episode)->list[int]: # places in the history
+    return [i for i, s in enumerate(episode.history) if any(m.turn in episode.evidence for m in s.messages)]
+
 def _session_distance(episode:Episode)->int|None: # None if it is not known
     "How many sessions before the question the answer was said."
     given = str(episode.meta.get("distance_to_ref_in_blocks", ""))
     if re.fullmatch(r"\d+", given): return int(given)
-    gold = [i for i, s in enumerate(episode.history) if any(m.turn in episode.evidence for m in s.messages)]
+    gold = _gold_sessions(episode)
     return len(episode.history) - 1 - gold[-1] if gold else None
 
 def _scores(answer:Answer, episode:Episode, match:Any)->dict:
@@ -79,7 +82,9 @@ def record_of(
     match:Any="auto", # how open questions are scored, see `answer_reward`
 )->dict: # a line of a run file
     "An answer, scored; costs are 0, and nothing is known about the memory that it came from."
+    gold = _gold_sessions(episode)
     return dict(id=episode.id, user=episode.user, kind=episode.query.kind, distance=_session_distance(episode),
+                session=episode.history[gold[-1]].id if gold else None, # in which the answer was last said
                 query=episode.query.text, gold=episode.answer, text=answer.text, **_scores(answer, episode, match),
                 seconds=0.0, read=0, written=0, malformed=0, building=None, evidence=[], gold_turns=None, held=None)
 
