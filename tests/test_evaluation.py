@@ -8,8 +8,8 @@ from comam_nb.base.statistics import bootstrap
 from comam_nb.data import example_episode
 from comam_nb.mdp import AGENTS, example_agents
 from comam_nb.rl.evaluation import before_after, evaluate, summarize
-from comam_nb.studies.plots import (line_look, plot_bands, plot_heat, plot_rewards, plot_timeline, plot_weights,
-                                    read_metrics)
+from comam_nb.runs.folder import Run
+from comam_nb.studies.plots import (line_look, plot_bands, plot_heat, plot_rewards, plot_timeline, plot_weights)
 
 NAMES = ["answer_accuracy", "r_cons_f", "r_cons_c", "r_ret"]
 
@@ -71,16 +71,14 @@ def test_plots_refuse_what_they_cannot_draw():
         plot_timeline([(1, "lost", "x")])
 
 
-def test_a_runs_log_is_drawn_and_a_broken_line_named(tmp_path):
+def test_a_runs_log_is_drawn(tmp_path):
     import json
     import matplotlib.pyplot as plt
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(
         {"step": i, **{n: i / 12 for n in NAMES}, **{f"w_{a}": 1 / 3 for a in AGENTS}}) + "\n" for i in range(1, 13)))
-    metrics = read_metrics(tmp_path / "m.jsonl")
+    metrics = Run(tmp_path).metrics()
     ax = plot_rewards(metrics)
     means_of_ten = [5.5 / 12, 6.5 / 12, 7.5 / 12]
     assert len(ax.lines) == 8 and np.allclose(ax.lines[7].get_ydata(), means_of_ten)
     assert len(plot_weights(metrics).lines) == 7
-    (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"step"')
-    with pytest.raises(DataError, match="line 2"): read_metrics(tmp_path / "m.jsonl")
     plt.close("all")

@@ -160,15 +160,15 @@ def _joint_config(args, out:Path)->"CoMAMConfig":
         save_strategy="steps" if args.save_steps else "no", save_steps=args.save_steps or 500, save_total_limit=2)
 
 # %% ../../nbs/source/cli/02_train.ipynb #96db54c5
-def _save_plots(out):
+def _save_plots(run):
     "rewards.png and weights.png from a run's metrics.jsonl."
     import matplotlib
     matplotlib.use("Agg")
-    from comam_nb.studies.plots import plot_rewards, plot_weights, read_metrics
-    metrics = read_metrics(out / "metrics.jsonl")
+    from comam_nb.studies.plots import plot_rewards, plot_weights
+    metrics = run.metrics()
     if not metrics: return
-    plot_rewards(metrics).figure.savefig(out / "rewards.png", dpi=120)
-    plot_weights(metrics).figure.savefig(out / "weights.png", dpi=120)
+    plot_rewards(metrics).figure.savefig(run.folder / "rewards.png", dpi=120)
+    plot_weights(metrics).figure.savefig(run.folder / "weights.png", dpi=120)
 
 def _train_in(run:Run, args):
     "Train in a run's folder, and say what came of it."
@@ -200,7 +200,7 @@ def _train_in(run:Run, args):
     before, after = train_run(run, team, split.training, evaluated, rewards, config, args.resume, args.eval_batch)
     if not everyone.is_main_process: return # the first process writes for all
     if not any((out / "checkpoints").iterdir()): (out / "checkpoints").rmdir()
-    _save_plots(out)
+    _save_plots(run)
     seconds = round(time.time() - began, 1)
     start = {"base": summarize(base)} if base else {}
     run.finish({**start, "before": summarize(before), "after": summarize(after), "steps": args.steps,
