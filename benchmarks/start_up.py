@@ -13,7 +13,7 @@ from importlib.metadata import version
 WAYS = {
     "python -c pass": ["-c", "pass"],
     "import comam_nb": ["-c", "import comam_nb"],
-    "comam --help": ["-m", "comam_nb.cli.comam", "--help"],
+    "comam --help": ["-m", "comam_nb.cli", "--help"],
     "memcollab --help": ["-m", "comam_nb.cli.memcollab", "--help"],
     "import trl": ["-c", "import trl"],
     "from trl import GRPOTrainer": ["-c", "from trl import GRPOTrainer"],

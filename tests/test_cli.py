@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from comam_nb.agents import Action, Note
-from comam_nb.cli.comam import main
+from comam_nb.cli.__main__ import main
 
 SMALL = ["--steps", "2", "--episodes-per-step", "2", "--group-size", "4", "--eval-episodes", "6"]
 
@@ -75,7 +75,7 @@ def test_own_model_on_a_chat_log(tmp_path, chat, tiny, capsys):
 
 def test_a_judge_on_the_base_leaves_every_adapter_to_the_optimizer(tmp_path, chat, tiny):
     "Scores before training put rubric questions to the base; PEFT then leaves only the active adapter trainable."
-    from comam_nb.cli.comam import _parser
+    from comam_nb.cli.__main__ import _parser
     from comam_nb.cli.train import _build_team, _fill_defaults, _joint_config
     from comam_nb.rl.evaluation import evaluate
     from comam_nb.training import CoMAMTrainer
@@ -134,7 +134,7 @@ def test_a_history_longer_than_the_context_is_split_and_nothing_is_lost(tmp_path
     fails(capsys, ["answer", "--backbone", tiny, "--history", str(long), "--query", "?"], "turn 1", "longer context")
 
 def test_help_needs_no_torch():
-    code = ("import sys; from comam_nb.cli.comam import main\n"
+    code = ("import sys; from comam_nb.cli.__main__ import main\n"
             "try: main(['--help'])\nexcept SystemExit: pass\n"
             "assert 'torch' not in sys.modules and 'transformers' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

@@ -28,7 +28,7 @@ class Faulty(training.CoMAMTrainer):
         if dies and self.state.global_step == 2: os.kill(os.getpid(), signal.SIGKILL)
         return super()._rollout(labels, trainer)
 training.CoMAMTrainer = Faulty
-from comam_nb.cli.comam import main
+from comam_nb.cli.__main__ import main
 
 write, save = TrainerState.save_to_json, Trainer._save_rng_state
 def write_slowly(self, path): # the first process is at a checkpoint's last file, the second would be a step ahead

@@ -23,7 +23,7 @@ FLOORS = [
 MOST_PUBLIC_NAMES = 400
 MOST_CHARACTERS = 120
 
-MODULES = sorted(p for p in PACKAGE.rglob("*.py") if not p.name.startswith("_"))
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if not p.name.startswith("_") or p.name == "__main__.py")
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 SOURCES = [p for p in NOTEBOOKS if p.parent.name != "walkthroughs" and p.name != "index.ipynb"]
 
@@ -110,7 +110,7 @@ def test_no_notebook_demonstrates_with_a_higher_module(path):
 
 @each_module
 def test_no_module_imports_a_command_line(path):
-    entries = {"cli.comam", "cli.memcollab"}
+    entries = {"cli.__main__", "cli.memcollab"}
     assert [m for m, _ in own_imports(tree_of(path), path) if m in entries] == []
 
 @each_module
@@ -125,10 +125,10 @@ def test_no_private_name_crosses_modules(path):
     assert crossed == []
 
 def test_the_checks_of_imports_see_what_they_should():
-    tree = ast.parse("def f():\n    from ..cli.comam import main\n    from ..data import _x\n    from .. import data\n")
+    tree = ast.parse("def f():\n    from ..cli.__main__ import main\n    from ..data import _x\n    from .. import data\n")
     found = list(own_imports(tree, PACKAGE / "base" / "x.py"))
-    assert found == [("cli.comam", "main"), ("data", "_x"), ("data", None)]
-    assert PLACES["cli.comam"] > PLACES["data"] > PLACES["base.errors"]
+    assert found == [("cli.__main__", "main"), ("data", "_x"), ("data", None)]
+    assert PLACES["cli.__main__"] > PLACES["data"] > PLACES["base.errors"]
 
 
 # ---- names
@@ -245,11 +245,11 @@ def last_line(code):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return run.stdout.splitlines()[-1]
 
-@pytest.mark.parametrize("module", ["comam_nb", "comam_nb.cli.comam", "comam_nb.memcollab", "comam_nb.cli.memcollab"])
+@pytest.mark.parametrize("module", ["comam_nb", "comam_nb.cli.__main__", "comam_nb.memcollab", "comam_nb.cli.memcollab"])
 def test_import_is_light(module):
     assert last_line(f"import sys, {module}; print([m for m in {HEAVY} if m in sys.modules])") == "[]"
 
-@pytest.mark.parametrize("module", ["comam_nb.cli.comam", "comam_nb.cli.memcollab"])
+@pytest.mark.parametrize("module", ["comam_nb.cli.__main__", "comam_nb.cli.memcollab"])
 def test_help_loads_nothing_heavy(module):
     code = (f"import sys\nfrom {module} import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
             f"print([m for m in {HEAVY} if m in sys.modules])")

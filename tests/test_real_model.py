@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from comam_nb.lm.backbone import load_backbone
-from comam_nb.cli.comam import main
+from comam_nb.cli.__main__ import main
 
 pytestmark = pytest.mark.slow # minutes each with a 135M model
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from comam_nb.agents import ProfileAgent
-from comam_nb.cli.comam import main
+from comam_nb.cli.__main__ import main
 from comam_nb.base.errors import DataError
 from comam_nb.mdp import AGENTS, Scripted
 from comam_nb.microworld import MicroWorld, make_episodes

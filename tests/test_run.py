@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 import comam_nb
 from comam_nb.base.errors import MemCollabError
 from comam_nb.base.files import last_checkpoint, write_json, write_whole
-from comam_nb.cli.comam import main
+from comam_nb.cli.__main__ import main
 from comam_nb.data import Episode, Message, Query, Session
 from comam_nb.runs.reports import read_scores
 from comam_nb.runs.folder import CommandError, Run
 
 SMALL = ["--steps", "3", "--episodes-per-step", "2", "--group-size", "4", "--eval-episodes", "4"]
-PROGRAM = [sys.executable, "-c", "import sys; from comam_nb.cli.comam import main; sys.exit(main())"]
+PROGRAM = [sys.executable, "-c", "import sys; from comam_nb.cli.__main__ import main; sys.exit(main())"]
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):

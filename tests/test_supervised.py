@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from comam_nb.agents import ExtractionAgent, ProfileAgent, RetrievalAgent
 from comam_nb.base.errors import BackboneError, DataError
-from comam_nb.cli.comam import main
+from comam_nb.cli.__main__ import main
 from comam_nb.data import Episode, Query, example_episode, make_history, training_view
 from comam_nb.lm.backbone import Backbone, prompt_ids
 from comam_nb.lm.chat import ChatModel, Reply

@@ -399,6 +399,9 @@ def load_attempts(
                              "name a file that `solve` wrote") from None
     return read_lines(data, path, **_ATTEMPT)[0]
 
+# %% ../../nbs/book/11_attempts.ipynb #9929da88
+load_trajectories = load_attempts # its first name, kept for those who know it
+
 # %% ../../nbs/book/11_attempts.ipynb #9656ecfc
 def solve(
     tasks:Task|Iterable[Task],

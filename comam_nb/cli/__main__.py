@@ -54,3 +54,5 @@ def main(
         more = ", with the same command and --resume" if "Go on" in str(e) else ""
         print(f"comam: {e}{more}", file=sys.stderr, flush=True) # any process may be the one that noticed
         return 1
+
+if __name__ == "__main__" and __package__: sys.exit(main())
