@@ -7,15 +7,42 @@ __all__ = ['called_names', 'check']
 
 # %% ../../nbs/source/checks/06_code_answers.ipynb #ba548ac8
 import ast, builtins, re
+from textwrap import dedent, indent
 from collections.abc import Sequence
 
 from ..base.errors import MemCollabError
 from .math_answers import check_exact, check_math
 from .sandbox import Verdict, run_python
 from .tasks import Task, parse_python
+from ..lm.chat import without_thinking
 
 # %% ../../nbs/source/checks/06_code_answers.ipynb #03ecd595
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.S | re.M)
+_FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[ \t]*([\w+-]*)(.*)$", re.M)
+_CODE_LINE = re.compile(r"\s|(?:def|class|import|from|async|if|for|while|try|except|finally|else|elif|with|return|print"
+                        r"|assert|raise|pass)\b|[@#)\]}'\"]|[\w.]+\s*(?:\(|\[.*\]\s*=|[-+*/%|&^]?=[^=]|:\s*\w+.*=)")
+
+def _blocks(text:str)->list[tuple[str, str]]: # language in lower case, code
+    "The fenced blocks of a text, in their order."
+    out, at = [], 0
+    while m := _FENCE.search(text, at):
+        margin, fence, lang, rest = m.groups()
+        if fence in rest: code, at = rest[:rest.index(fence)].strip() + "\n", m.end() # all on one line
+        else:
+            end = re.compile(rf"^[ \t]*{fence}", re.M).search(text, m.end())
+            code, at = text[m.end() + 1:end.start() if end else None], end.end() if end else len(text)
+            at = len(text) if not end else text.find("\n", at) if "\n" in text[at:] else len(text)
+            code = "\n".join(l.removeprefix(margin) for l in code.split("\n"))
+        out.append((lang.lower(), code))
+    return out
+
+def _bare(text:str)->str:
+    "Code that stands in prose without a fence: from the first line that can only be code as far as it goes."
+    lines = text.split("\n")
+    begins = re.compile(r"(?:async )?def \w|class \w|import \w|from \w+ import|@\w")
+    start = next((i for i, l in enumerate(lines) if begins.match(l)), None)
+    if start is None: return text
+    stop = next((i for i in range(start, len(lines)) if lines[i] and not _CODE_LINE.match(lines[i])), len(lines))
+    return "\n".join(lines[start:stop]).rstrip() + "\n"
 
 def _defines(
     code:str,   # Python text, perhaps broken
@@ -25,17 +52,50 @@ def _defines(
     return any(re.search(rf"^\s*(?:async\s+)?(?:def|class)\s+{n}\b|^{n}\s*=[^=]", code, re.M) for n in map(re.escape,
         names))
 
+def _parsed(code:str)->ast.Module|None:
+    try: return parse_python(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError): return None
+
+def _unparsed(tree:ast.AST)->str:
+    try: return ast.unparse(tree)
+    except RecursionError: return "" # a sum of thousands
+
+# %% ../../nbs/source/checks/06_code_answers.ipynb #9ebaace5
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+def _named(node:ast.stmt)->list[str]: # names that a statement at the top gives
+    if isinstance(node, _DEFINITIONS): return [node.name]
+    if isinstance(node, (ast.Import, ast.ImportFrom)): return [a.asname or a.name.split(".")[0] for a in node.names]
+    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+
+def _helpers(
+    others:Sequence[str], # the other blocks of a reply
+    main:str, # the block with the function
+)->str: # what main lacks, or ""
+    "Imports, definitions and constants that only other blocks have."
+    tree, found = _parsed(main), dict[str, str]()
+    own = {x for node in tree.body for x in _named(node)} if tree else set()
+    for block in map(_parsed, others):
+        for node in block.body if block else ():
+            constant = isinstance(node, (ast.Assign, ast.AnnAssign)) and not any(isinstance(n, ast.Call)
+                                                                                 for n in ast.walk(node))
+            if not constant and not isinstance(node, (*_DEFINITIONS, ast.Import, ast.ImportFrom)): continue
+            if new := {*_named(node)} - own: found[" ".join(sorted(new))] = _unparsed(node)
+    return "".join(f"{code}\n" for code in found.values())
+
 def _extract_code(
     text:str,  # all that the solver wrote last
     names:Sequence[str]=(), # functions that the tests call
 )->str:
-    "The last Python block that defines one of `names`, else the last block, else the whole text."
-    blocks = [(lang.lower(), code) for lang, code in _FENCE.findall(text) if lang.lower() in ("python", "py", "python3",
-        "")]
+    "The last Python block that defines one of `names`, behind what it lacks; else the last block; else any code."
+    blocks = [b for b in _blocks(text) if b[0] in ("python", "py", "python3", "")]
     marked = [c for lang, c in blocks if lang] or [c for _, c in blocks]
-    head = text.split("```")[0] # where a reply begins with code and only closes the fence
-    if _defines(head, names) and not any(_defines(c, names) for c in marked): return head
-    return next((c for c in marked[::-1] if _defines(c, names)), marked[-1] if marked else text)
+    head = re.split("```|~~~", text, maxsplit=1)[0] # where a reply begins with code and only closes the fence
+    if len(head) < len(text) and _defines(head, names) and not any(_defines(c, names) for c in marked): return head
+    if not marked: return text if _parsed(text) or not names else _bare(text)
+    at = next((i for i in range(len(marked))[::-1] if _defines(marked[i], names)), None)
+    if at is None: return marked[-1]
+    return _helpers(marked[:at] + marked[at + 1:], marked[at]) + marked[at]
 
 # %% ../../nbs/source/checks/06_code_answers.ipynb #c38dd640
 def called_names(
@@ -55,15 +115,42 @@ def called_names(
     return list(own or python)
 
 # %% ../../nbs/source/checks/06_code_answers.ipynb #2ad4724c
+def _has_body(code:str, name:str)->bool:
+    "Whether a program parses in which a function has more than a docstring."
+    tree = _parsed(code)
+    found = [n for n in tree.body if isinstance(n, _DEFINITIONS) and n.name == name] if tree else []
+    return any(not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)) for f in found for s in f.body)
+
 def _complete_code(
     code:str,        # what the solver wrote
     prompt:str,      # a file's beginning, up to the function's docstring
     entry_point:str, # the function's name
 )->str:
     "A whole program out of HumanEval's prompt and a solution that may be a body or a whole function."
-    if not _defines(code, [entry_point]): return prompt + ("" if prompt.endswith("\n") else "\n") + code
+    if not _defines(code, [entry_point]):
+        start, first = prompt.rstrip("\n") + "\n", "    " + code.lstrip()
+        bodies = (code, first, indent(dedent(code), "    "), indent(dedent(code.lstrip()), "    "))
+        return next((start + b for b in bodies if _has_body(start + b, entry_point)), start + code)
     head = re.split(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\b", prompt, maxsplit=1, flags=re.M)[0]
     return head + "\n" + code
+
+# %% ../../nbs/source/checks/06_code_answers.ipynb #a18f8b1c
+def _reads(node:ast.AST, asking:set[str])->bool:
+    "Whether a statement asks for input, itself or through a function that does."
+    for n in ast.walk(node):
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "input": return True
+        if isinstance(n, ast.Attribute) and n.attr == "stdin" or isinstance(n, ast.Name) and n.id in asking: return True
+    return False
+
+def _without_demo(code:str)->str:
+    "A program without the statements at its top that wait for input, and those that need what was read."
+    if "input" not in code and "stdin" not in code or not (tree := _parsed(code)): return code
+    asking, kept = set[str](), []
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)): reads = False
+        elif reads := _reads(node, asking): asking |= {*_named(node)}
+        if not reads or isinstance(node, _DEFINITIONS): kept.append(node)
+    return _unparsed(ast.Module(kept, [])) or code if len(kept) < len(tree.body) else code
 
 # %% ../../nbs/source/checks/06_code_answers.ipynb #17598fda
 def _check_code(
@@ -75,7 +162,7 @@ def _check_code(
     "Checker I of Algorithm 1 for code: do all tests of a task pass on the code in a text?"
     spec = task.check
     tests, entry, setup = spec.get("tests", []), spec.get("entry_point", ""), spec.get("setup", "")
-    code = _extract_code(text, [entry] if entry else called_names(tests))
+    code = _without_demo(_extract_code(without_thinking(text), [entry] if entry else called_names(tests)))
     if not code.strip(): return Verdict(False, "no answer: there is no code")
     if entry: code, given = _complete_code(code, setup, entry), {"test": spec["test"], "entry_point": entry}
     else: given = {"tests": tests}

@@ -6,47 +6,84 @@
 __all__ = ['check_math', 'check_exact']
 
 # %% ../../nbs/source/checks/05_math_answers.ipynb #d013bbda
-import ast, atexit, importlib.util, inspect, json, os, re, subprocess, sys, threading, time
+import ast, atexit, importlib.util, inspect, json, os, re, subprocess, sys, threading, time, unicodedata
 from fractions import Fraction
 from typing import Any
 
 from ..base.errors import MemCollabError
 from .sandbox import Verdict
+from ..lm.chat import without_thinking
 
 # %% ../../nbs/source/checks/05_math_answers.ipynb #e7bb2224
-def _last_boxed(
-    text:str, # a solver's text
-)->str|None: # what the last closed box holds, or None
-    "Content of the last `\\boxed{…}` or `\\fbox{…}` whose braces close; `\\boxed 5` counts too."
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:(\{)|([-+]?[\d.,/]*\d|[A-Za-z](?![A-Za-z])))")
+_QUOTED = re.compile(r"(?:\\text\s*\{)?(?:your|the|final|numerical|numeric|answer|result|solution|value|number|here"
+                     r"|\.\.\.|…|\\[lc]?dots|\?|_|#|<[^<>]*>|\s)*\}?", re.I) # what an instruction puts in a box
+_BETWEEN = re.compile(r"[\s$,;]*(?:\\[\])]\s*)?(?:(?:\\text\s*\{)?\s*(?:and|or)\s*\}?)?\s*(?:\\[\[(])?[\s$,;]*")
+
+def _boxes(text:str)->list[tuple[int, int, str]]: # start, end, content
+    "The last closed boxes of a text that hold something."
+    out = []
     # 20: a flood of open boxes must not cost a square
-    for m in [*re.finditer(r"\\(?:boxed|fbox)\s*(\{|[^\s{}$.,]+)", text)][-20:][::-1]:
-        if m[1] != "{": return m[1]
+    for m in [*_BOX.finditer(text)][-20:]:
         depth, i = 1, m.end()
-        while i < len(text) and depth:
+        while m[1] and i < len(text) and depth:
             depth += {"{": 1, "}": -1}.get(text[i], 0)
             i += 2 if text[i] == "\\" else 1
-        if not depth: return text[m.end():i-1]
-    return None
+        inside = text[m.end():i-1] if m[1] else m[2]
+        if not (m[1] and depth) and not _QUOTED.fullmatch(inside): out.append((m.start(), i, inside))
+    return out
+
+def _last_boxed(
+    text:str, # a solver's text
+)->str|None: # what the last closed box holds, or a list of boxes side by side; None without a box
+    "Content of the last `\\boxed{…}` or `\\fbox{…}` whose braces close; `\\boxed 5` counts too."
+    boxes, found = _boxes(text), []
+    for start, end, inside in boxes[::-1]:
+        if found and not _BETWEEN.fullmatch(text[end:found[-1][0]]): break
+        found.append((start, end, inside))
+    return ", ".join(dict.fromkeys(inside for _, _, inside in found[::-1])) if found else None
 
 # %% ../../nbs/source/checks/05_math_answers.ipynb #6c644571
-_PHRASE = re.compile(r"\banswer\b[^\n.:=]{0,40}?(?:\bis\b|:|=)[\s*:]*(\S.*)", re.I)
+_SAID = re.compile(r"""(?:\banswers?\b[^\n.:=]{0,40}?(?:\b(?:is|are)\b|[:：=])
+    | (?:答案|答え|解答|정답)[^\n。:：=]{0,20}?(?:是|为|為|は|은|는|[:：=])
+    | \b(?:respuesta|réponse|antwort|risposta|resposta|ответ)\b[^\n.:=]{0,40}?(?:\b(?:es|est|ist|è|é)\b|[:=—])
+    )[\s*:：]*(\S.*)""", re.I | re.X)
+_ASIDE = re.compile(r"""(?<=\S)(?:
+    (?:\s*[,;]|\s+[-–—])?\s+(?:which|since|because|as|so|where|not|but|given|assuming|meaning|i\.e)\b
+    | \s*[,;]?\s*[(（]\s*(?!mod\b)(?:[A-Za-z]{2,}|[^\x00-\x7f]) ).*""", re.X | re.S)
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
 _LAST = re.compile(rf"(?:(?<![\w)\]}}.])-\s?)?\$?(?<![\d.]){_NUMBER}(?:/\d+)?")
+_TAG = re.compile(r"<(?:final_)?answer>([^<>]*)</(?:final_)?answer>", re.I)
+_UP_TO_19 = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen""".split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_WORDED = re.compile(rf"\b(?:(?P<hundred>(?:one|a)\s+hundred)|(?P<ten>{'|'.join(_TENS)})(?:[\s-](?P<one>"
+                     rf"{'|'.join(_UP_TO_19[1:10])}))?|(?P<small>{'|'.join(_UP_TO_19[::-1])}))\b", re.I)
+
+def _worded(m:re.Match)->int:
+    "The number that a match of _WORDED says."
+    if m["hundred"]: return 100
+    if m["small"]: return _UP_TO_19.index(m["small"].lower())
+    return 20 + 10 * _TENS.index(m["ten"].lower()) + (_UP_TO_19.index(m["one"].lower()) if m["one"] else 0)
 
 def _final_answer(
     text:str, # all that the solver wrote last
     numbers:bool=True, # take the last number if nothing marks an answer; else the last line
 )->tuple[str|None,str]: # (answer, how it was found)
-    "Final answer of a text: `\\boxed{}`, then `####`, then 'the answer is', then the last number or line."
-    text = text[-100_000:]
+    "Final answer of a text: `\\boxed{}`, `####`, `<answer>`, 'the answer is', then the last number or line."
+    text = without_thinking(text)[-100_000:]
     if (a := _last_boxed(text)) is not None: return a.strip(), "boxed"
     if m := re.findall(r"####[ \t]*(\S.*)", text): return m[-1].strip().strip("*"), "####"
-    if m := _PHRASE.findall(text):
+    if m := [t for t in _TAG.findall(text) if not _QUOTED.fullmatch(t)]: return m[-1].strip(), "tag"
+    if m := _SAID.findall(text):
         # 500: nobody's final answer is longer
-        return re.sub(r"[.!]+(\s.*)?$", "", m[-1][:500].strip()).strip(" *"), "answer is"
-    if numbers: lines, how = _LAST.findall(text), "last number"
-    else: lines, how = [l.strip() for l in text.splitlines() if l.strip()], "last line"
-    return (lines[-1], how) if lines else (None, "")
+        said = re.sub(r"(?:[.!]+(?:\s.*)?|[。！].*)$", "", m[-1][:500].strip()).strip(" *")
+        return _ASIDE.sub("", said).strip(" *,;") or said, "answer is"
+    if numbers:
+        if m := _LAST.findall(text): return m[-1], "last number"
+        return (str(_worded(m[-1])), "last number") if (m := [*_WORDED.finditer(text)]) else (None, "")
+    lines = [l.strip() for l in text.splitlines() if l.strip()]
+    return (lines[-1], "last line") if lines else (None, "")
 
 # %% ../../nbs/source/checks/05_math_answers.ipynb #010bf6ca
 def _clean(
@@ -60,7 +97,36 @@ def _clean(
     s = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree(?![a-zA-Z])|\\?%|\\?\$|[€£¥]", "", s)
     s = s.replace("−", "-").replace("–", "-").replace("×", r"\times ").replace("·", r"\cdot ").replace("π",
         r"\pi ").replace("∞", r"\infty ")
-    return re.sub(r"\s+", " ", s).strip(" *").rstrip(".,;").strip()
+    s = re.sub(r"\s+", " ", s).strip(" *").rstrip(".,;").strip()
+    apart = r"(?<![\d.,^])\d{1,3}(?: \d{3})+(?![\d/])|(?<![\d.,])\d{1,3}(?:\.\d{3}){2,}(?![\d.])" # 1 000, 1.000.000
+    return re.sub(apart, lambda m: re.sub(r"[ .]", "", m[0]), s)
+
+# %% ../../nbs/source/checks/05_math_answers.ipynb #7cd5d8e2
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+_LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_SIGNS = str.maketrans({"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ",
+                        "÷": r"\div ", "⋅": r"\cdot ", "∙": r"\cdot ", "′": "'", "٫": ".", "٬": ",", "،": ","})
+
+def _sign(c:str)->str:
+    "One character that is no ASCII, as LaTeX."
+    if unicodedata.decomposition(c).startswith("<fraction>"): # ½
+        top, _, bottom = unicodedata.normalize("NFKC", c).partition("⁄")
+        return rf"\frac{{{top}}}{{{bottom}}}" if bottom else c
+    if c.isdecimal(): return str(unicodedata.digit(c))
+    if "！" <= c <= "～": return chr(ord(c) - 0xFEE0) # full width
+    kind = unicodedata.category(c)
+    return " " if kind == "Zs" else "" if kind == "Cf" else c
+
+def _latex(
+    s:str, # an answer
+)->str: # the same, in LaTeX
+    "Signs outside ASCII as LaTeX, and an upright e or i as a letter."
+    s = re.sub(r"\\math(?:rm|it|bf|sf)\s*\{\s*([ei])\s*\}", r"\1", s)
+    if s.isascii(): return s
+    s = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: "^{" + m[0].translate(_RAISED) + "}", s)
+    s = re.sub("[₀-₉]+", lambda m: "_{" + m[0].translate(_LOWERED) + "}", s)
+    s = "".join(c if c.isascii() else _sign(c) for c in s).translate(_SIGNS)
+    return re.sub(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))", lambda m: rf"\sqrt{{{m[1] or m[2]}}}", s)
 
 # %% ../../nbs/source/checks/05_math_answers.ipynb #530fb5ec
 _VALUE = re.compile(rf"""(?:(?P<sign>[+-])\s*)?(?:
@@ -85,22 +151,35 @@ _NO_UNITS = set("""pi sqrt root infinity infinite log ln sin cos tan exp factori
     i e x y z n hundred thousand million billion trillion dozen half third quarter twice double
     times over plus minus or and to between about around approximately roughly least most than
     under not no never neither except base""".split())
+_UNIT = r"""(?:[kcdm]?m|in|ft|yd|mi|s|sec|h|hr|inch(?:es)?|foot|feet|yards?|miles?|units?|(?:centi|milli|kilo|deci)?
+    met(?:er|re)s?|seconds?|hours?|minutes?)"""
+_ORDINAL = r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm|textrm)\s*\{\s*)?(?:st|nd|rd|th)\s*\}{0,2}(?![A-Za-z])"
+
+def _is_unit(word:str)->bool:
+    "Whether a word beside a number leaves it what it is."
+    if word.isascii(): return word.isalpha() and word.lower() not in _NO_UNITS
+    greek = any("Ͱ" <= c <= "Ͽ" for c in word)
+    changes = greek or set(word) & set("十百千万亿億萬半倍分双两兆负約约根")
+    return word.isalpha() and not changes
 
 def _plain_number(
     s:str, # an answer
 )->Fraction|None:
     "The exact value of an answer that is one plain number, with or without a unit; else None."
-    s = re.sub(r"\\(?:text|mathrm|textbf|mbox|textit|mathbf)\s*\{([^{}]*)\}", r" \1 ", _clean(s)).strip()
+    s = re.sub(_ORDINAL, "", _clean(s))
+    s = re.sub(r"\\(?:text|mathrm|textbf|mbox|textit|mathbf)\s*\{([^{}]*)\}", r" \1 ", s).strip()
     if len(s) > 1000: return None
+    s = re.sub(rf"\b({_UNIT})\s*\^\s*\{{?\s*-?\d\s*\}}?", r"\1", s, flags=re.X)
+    if not any(c.isdigit() for c in s): s = _WORDED.sub(lambda m: str(_worded(m)), s)
     if m := _VALUE.fullmatch(s): return _value(m)
     found = [*_VALUE.finditer(s)]
     if len(found) != 1: return None
     m = found[0]
     before, after = s[:m.start()], s[m.end():]
-    if before.strip() and not before[-1].isspace() or after and not (after[0].isspace() or after[0] in ".,;!"):
-        return None
+    ends = not after or after[0].isspace() or after[0] in ".,;!" or not after[0].isascii()
+    if before.strip() and before[-1].isascii() and not before[-1].isspace() or not ends: return None
     words = re.sub(r"[.,;:!*()'’/-]", " ", before + " " + after).split()
-    if any(not w.isalpha() or not w.isascii() or w.lower() in _NO_UNITS for w in words): return None
+    if not all(map(_is_unit, words)): return None
     return _value(m)
 
 # %% ../../nbs/source/checks/05_math_answers.ipynb #de8d3fbd
@@ -177,6 +256,52 @@ def _answer_words(
     if not words or any(c.isdigit() for w in words for c in w): return None
     return " ".join(words[words[0] in ("a", "an", "the") and len(words) > 1:])
 
+# %% ../../nbs/source/checks/05_math_answers.ipynb #5db0fc38
+def _choice(
+    s:str, # an answer
+)->str|None: # "c" for `\textbf{(C)}\ 12`; None where no option's letter begins it, or several are named
+    "The letter of the option that an answer names, with the option's text behind it."
+    s = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|textit)\s*\{([^{}]*)\}", r" \1 ", _clean(s)).strip()
+    m = re.match(r"\(([A-J])\)|([A-J])[.:)](?=\s|$)|([A-J])$", s)
+    return (m[1] or m[2] or m[3]).lower() if m and len(re.findall(r"\([A-J]\)", s)) < 2 else None
+
+_ORDER = {"<": "(", ">": "(", "≤": "[", "≥": "["}
+_WRITTEN = {"≤": r"\\leq?(?:slant)?(?![a-z])|<=", "≥": r"\\geq?(?:slant)?(?![a-z])|>=", "<": r"\\lt(?![a-z])",
+            ">": r"\\gt(?![a-z])"}
+
+def _interval(
+    s:str, # an answer
+)->str|None: # in LaTeX, `[-2,7]` for `-2 \le x \le 7`; None if it is nothing of the kind
+    "Inequalities in one variable as an interval, or as a union of them where they are joined by 'or'."
+    s = re.sub(r"^\s*[A-Za-z]\s*\\in(?![a-z])", "", _clean(s)).strip()
+    if re.fullmatch(r"(?:[\[(][^,]+,[^,]+[\])]\s*(?:\\cup\s*)?)+", s): return s
+    for sign, how in _WRITTEN.items(): s = re.sub(how, sign, s)
+    if not re.search(r"[<>≤≥]", s): return None
+    parts = re.split(r"\s*(?:\\text\s*\{\s*or\s*\}|\bor\b|\\lor|\\vee)\s*", s)
+    found = [_one_interval(re.split(r"\s*([<>≤≥])\s*", p.strip())) for p in parts]
+    return r" \cup ".join(f for f in found if f) if all(found) else None
+
+def _one_interval(p:list[str])->str|None:
+    "Sides and signs of one chain of inequalities -> an interval."
+    name = re.compile(r"[A-Za-z]|\\[a-z]+")
+    if len(p) == 5 and name.fullmatch(p[2]) and {p[1], p[3]} <= set("<≤"): low, a, b, high = p[0], p[1], p[3], p[4]
+    elif len(p) == 5 and name.fullmatch(p[2]) and {p[1], p[3]} <= set(">≥"): high, b, a, low = p[0], p[1], p[3], p[4]
+    elif len(p) == 3 and bool(name.fullmatch(p[0])) != bool(name.fullmatch(p[2])):
+        turned = name.fullmatch(p[0]) is None # 2 < x
+        bound, up = (p[0], p[1] in "<≤") if turned else (p[2], p[1] in ">≥")
+        low, a, b, high = (bound, p[1], "<", r"\infty") if up else (r"-\infty", "<", p[1], bound)
+    else: return None
+    return f"{_ORDER[a]}{low},{high}{_ORDER[b].translate({40: 41, 91: 93})}"
+
+_DOTS = re.compile(r"\\[lc]?dots(?![a-z])|\.\.\.|…")
+
+def _items(
+    s:str, # an answer
+)->list[str]|None: # the items of a list with dots; None for anything else
+    "`1, 3, \\ldots, 2n-1` -> its items; the dots are an item."
+    s = _DOTS.sub("…", _clean(s).strip("{}\\ "))
+    return [x.strip() for x in s.split(",")] if "…" in s else None
+
 # %% ../../nbs/source/checks/05_math_answers.ipynb #83e823b9
 def _squash(
     s:str, # an answer or a prompt
@@ -191,6 +316,7 @@ def _decide(
 )->bool|None: # None: it takes algebra
     "Whether two answers are the same, where exact arithmetic or plain text can tell; not symmetric."
     if _squash(gold) == _squash(answer): return True
+    if (letter := _choice(gold)) is not None and _answer_words(gold): return _choice(answer) == letter
     side = _last_side(answer) if "=" not in gold else _clean(answer)
     based, own = _based_number(gold), _based_number(side)
     if based is not None: return own == based if own else side.upper().lstrip("0") == based[0]
@@ -208,7 +334,14 @@ def _differ(a, b):
     import sympy
     if isinstance(a, (sympy.Tuple, sympy.MatrixBase)) and type(a) is type(b) and len(a) == len(b):
         return any(map(_differ, a, b))
+    if isinstance(a, sympy.FiniteSet) and isinstance(b, sympy.FiniteSet):
+        return len(a) != len(b) or not all(any(not _differ(x, y) for y in b) for x in a)
+    if isinstance(a, sympy.Interval) and isinstance(b, sympy.Interval):
+        return _differ(a.start, b.start) or _differ(a.end, b.end)
     if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)): return False
+    if not a.free_symbols | b.free_symbols:
+        p, q = a.doit(), b.doit()
+        if p.is_Rational and q.is_Rational: return p != q # 1/2006! has thousands of zeros
     rounding = 1e-6 if a.has(sympy.Float) or b.has(sympy.Float) else 1e-30
     for k in 2, 4, 9:
         at = lambda e: sympy.N(e.doit().subs({s: sympy.Rational(k + sum(map(ord, s.name.lower())) % 11, 7)
@@ -313,21 +446,30 @@ def _copied(
 _WORKER = _MathWorker()
 atexit.register(_WORKER.stop)
 
+def _same(gold:str, answer:str, timeout:float)->bool|str: # or why nobody knows
+    "Whether two answers are the same: exactly where possible, else by math-verify in a child process."
+    if (g := _items(gold)) and (a := _items(answer)): # dots mean what stands around them
+        return len(g) == len(a) and all((x == y == "…" or "…" not in (x, y) and _same(x, y, timeout) is True)
+                                        for x, y in zip(g, a))
+    if (same := _decide(gold, answer)) is not None: return same
+    if importlib.util.find_spec("math_verify") is None: return "not decided"
+    reply = _WORKER.ask(gold, answer, timeout)
+    return reply if reply in ("timeout", "memory", "died") else reply == "same"
+
 def _compare_answers(
     gold:str,          # the reference answer
     answer:str,        # the solver's final answer
     prompt:str="",     # the task's text; with it, a repeated task is no answer
     timeout:float=5.0, # seconds for the algebra
 )->str: # "" if they are the same, else the reason
-    "Compare two final answers: exactly where possible, else by math-verify in a child process."
+    "Compare two final answers."
     shown = repr(answer if len(answer) <= 80 else answer[:80] + "…")
-    same = _decide(gold, answer) if len(answer) <= 1000 else False
-    if same is None:
-        if importlib.util.find_spec("math_verify") is None:
-            return f"not decided: {shown} needs algebra: pip install 'comam_nb[math]' (math-verify 0.9.0)"
-        reply = _WORKER.ask(gold, answer, timeout)
-        if reply in ("timeout", "memory", "died"): return f"{reply}: comparing {shown} took more than its bounds"
-        same = reply == "same"
+    gold, answer = _latex(gold), _latex(answer)
+    if len(answer) <= 1000 and (g := _interval(gold)) and (a := _interval(answer)): gold, answer = g, a
+    same = _same(gold, answer, timeout) if len(answer) <= 1000 else False
+    if same == "not decided":
+        return f"not decided: {shown} needs algebra: pip install 'comam_nb[math]' (math-verify 0.9.0)"
+    if isinstance(same, str): return f"{same}: comparing {shown} took more than its bounds"
     if same and _copied(gold, answer, prompt): return f"wrong answer: {shown} repeats the task's own expression"
     value = _exact_value(answer)
     if not same and value is not None and value == _plain_number(gold) != _plain_number(answer):
