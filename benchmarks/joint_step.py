@@ -73,10 +73,7 @@ def run_trl(a, **engine):
     return times.seconds
 
 def run_trl_batching(a):
-    import torch
-    # on a CPU the engine measures out its cache for minutes of requests, of which there are none here
-    room = {} if torch.cuda.is_available() else {"max_memory_percent": 0.02}
-    return run_trl(a, use_transformers_continuous_batching=True, transformers_continuous_batching_config=room)
+    return run_trl(a, use_transformers_continuous_batching=True, transformers_continuous_batching_config=a.room)
 
 def run_comlrl(a):
     import torch
@@ -130,7 +127,7 @@ def run_comam(a):
                          max_completion_length=a.new, learning_rate=1e-5, bf16=a.dtype == "bfloat16",
                          use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
                          # one random number a token, and not one for every word of the vocabulary
-                         sampling="per_group", keep_prompts=a.keep)
+                         sampling="per_group", keep_prompts=a.keep, **({"engine": a.engine} if a.engine else {}))
     CoMAMTrainer(agents, [example_episode()], rewards, config, callbacks=[times]).train()
     assert asked == {n: a.steps * a.E * (1 if n == "extraction" else a.G) for n in NAMES}, "asked in another order"
     return times.seconds
@@ -173,8 +170,11 @@ if __name__ == "__main__":
                    help="rows of TRL's micro-batch; 0: 8 up to 1,024 tokens, then 2, which fits into 24 GB")
     p.add_argument("--only", default="comam,trl,comlrl",
                    help="what to run, in this order; a name may come again, its steps are then put together")
-    a = p.parse_args(); a.own, a.dtype = False, "bfloat16"; a.micro = a.micro or (a.G if a.prompt <= 1024 else 2)
+    a = p.parse_args(); a.own, a.dtype, a.engine = False, "bfloat16", None
+    a.micro = a.micro or (a.G if a.prompt <= 1024 else 2)
     import torch
+    # on a CPU the engine takes half a minute to lay out the memory that it finds; little of it is enough
+    a.room = {} if torch.cuda.is_available() else {"max_memory_percent": 0.02}
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("torch", "transformers", "trl", "peft"))
     print(f"{versions}; {os.cpu_count()} cores, {torch.get_num_threads()} threads; prompt {a.prompt}, completion "
           f"{a.new}, G {a.G}, TRL's micro-batch {a.micro}", flush=True)
