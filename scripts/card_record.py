@@ -6,7 +6,8 @@ import json, sys
 from pathlib import Path
 
 NONE = ("There is no record from a card yet: nothing in this repository was timed on one. Anyone with a card can make "
-        "it, offline: `python scripts/on_a_card.py --out nbs/logs/card`.")
+        "it, offline, with `python scripts/on_a_card.py --out card`; `card/record.jsonl` then belongs into "
+        "`nbs/logs/card/`.")
 
 def read_card(folder):
     "The lines of a folder's record, without a torn last one; none where there is no record."
@@ -93,6 +94,18 @@ def render(folder):
         said.append(f"The record was made with comam_nb {first.get('comam_nb')}; this is {__version__}.")
     newest = {l["stage"]: l for l in lines} # a stage that was run again
     return "\n\n".join([*said, *map(_stage, newest.values())])
+
+def headline(folder):
+    "One sentence for a front page: the joint step of SmolLM2's shape beside TRL's; or that there is no record."
+    lines = [l for l in read_card(folder) if l["stage"].startswith("joint step") and "comam, 1024" in l["result"]]
+    took = {k.rsplit(", ", 1)[0]: f["seconds"] for l in lines[:1] for k, f in l["result"].items()
+            if k.endswith(", 1024") and "seconds" in f}
+    if "comam" not in took: return NONE
+    peers = {"trl": "TRL's", "trl-batching": "TRL's with continuous batching"}
+    rest = "".join(f", {say} {took[k]:.1f} ({took[k] / took['comam']:.1f}x)" for k, say in peers.items() if k in took)
+    first, shape = lines[0], lines[0]["stage"].split(", ")[1]
+    return (f"{first['device']}, {first['dtype']}, {shape}'s shape, prompt 1,024: a joint step takes "
+            f"{took['comam']:.1f} s{rest}.")
 
 def curves(folder):
     "A figure of the real run, rewards and shares over its steps; None without one."

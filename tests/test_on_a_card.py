@@ -226,6 +226,22 @@ def test_the_repository_shows_what_lies_in_its_folder():
     made_here = [l for l in module("card_record").read_card(folder) if l.get("dry") or l.get("device") in (None, "CPU")]
     assert made_here == []
 
+@pytest.mark.parametrize("page", ["index", "walkthroughs/08_speed", "walkthroughs/09_comam_on_a_gpu"])
+def test_the_pages_show_what_lies_there(page):
+    cells = json.loads((ROOT / "nbs" / f"{page}.ipynb").read_text(encoding="utf-8"))["cells"]
+    shown, = ["".join(o["data"]["text/markdown"]) for c in cells if "from card_record import" in "".join(c["source"])
+              for o in c["outputs"] if "text/markdown" in o.get("data", {})]
+    say = module("card_record").headline if page == "index" else module("card_record").render
+    assert shown == say(ROOT / "nbs" / "logs" / "card"), "run the page again"
+
+def test_the_front_page_has_a_sentence(tmp_path):
+    result = {"comam, 1024": {"seconds": 2.0}, "trl, 1024": {"seconds": 7.0}, "trl, 4096": {"seconds": 9.0},
+              "trl-batching, 1024": {"error": "x"}}
+    line = {"stage": "joint step, SmolLM2-135M", "result": result, "device": "NVIDIA T4", "dtype": "float32"}
+    (tmp_path / "record.jsonl").write_text(json.dumps(line) + "\n")
+    assert module("card_record").headline(tmp_path) == (
+        "NVIDIA T4, float32, SmolLM2-135M's shape, prompt 1,024: a joint step takes 2.0 s, TRL's 7.0 (3.5x).")
+
 def test_a_record_of_another_version_says_which_and_failures_are_shown(tmp_path):
     known = {"versions": {"torch": "2.11"}, "device": "NVIDIA T4", "dtype": "float32", "comam_nb": "0.0.9"}
     step = {"comam, 1024": {"seconds": 2.0, "gigabytes": 3.1}, "trl, 1024": {"seconds": 7.0, "gigabytes": 9.0},
