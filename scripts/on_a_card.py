@@ -127,8 +127,10 @@ def prepare(a):
     site = a.out / "site"
     a.out.mkdir(parents=True, exist_ok=True)
     if a.wheels and not site.is_dir():
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(site),
-                        *map(str, sorted(Path(a.wheels).glob("*.whl")))], check=True)
+        done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target",
+                               str(site), *map(str, sorted(Path(a.wheels).glob("*.whl")))],
+                              capture_output=True, text=True)
+        if done.returncode: raise Refused(f"{a.wheels}: {done.stderr.strip().splitlines()[0]}")
     sys.path.insert(0, str(site))
     missing = [n for n in (*NEEDED, *(["gguf"] if str(a.model or "").endswith(".gguf") else [])) if not find_spec(n)]
     if missing: raise Refused(f"{', '.join(missing)}: not installed: give a folder with their wheels as --wheels")
@@ -166,7 +168,8 @@ def main(argv=None, start=process):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--stage"]:
         told = json.loads(sys.argv[3])
-        if told["dry"]: sys.modules.update(faiss=None, scipy=None) # what a card's machine may lack
+        if told["dry"]: sys.modules.update(faiss=None, scipy=None, sklearn=None) # what a card's machine may lack
         child(sys.argv[2], told, Path(sys.argv[4]))
         sys.exit()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) # the stage's process ends with this one
     sys.exit(main())

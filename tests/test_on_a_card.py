@@ -32,7 +32,7 @@ def main(*args, start=inside): return module("on_a_card").main([str(a) for a in 
 # ---- stages
 
 def test_every_stage_runs_dry_without_faiss_and_scipy(tmp_path, monkeypatch, capsys):
-    for name in ("faiss", "scipy"): monkeypatch.setitem(sys.modules, name, None)
+    for name in ("faiss", "scipy", "sklearn"): monkeypatch.setitem(sys.modules, name, None)
     toy = {n: s for n, s in module("on_a_card").STAGES.items() if "Qwen" not in n} # which, dry, is SmolLM2 once more
     monkeypatch.setattr(module("on_a_card"), "STAGES", toy)
     assert main("--dry", "--out", tmp_path) == 0
@@ -74,6 +74,19 @@ def test_a_stage_is_a_process_that_ends_with_its_time(tmp_path):
     assert json.loads(file.read_text())["result"]["launching"]["microseconds"] > 0
     assert "=== ceilings: cpu, float32" in (tmp_path / "log.txt").read_text()
     assert "ended after 0 s" in card.process("ceilings", settings, file, 0.2)
+
+def test_a_command_that_is_ended_leaves_no_process(tmp_path):
+    import os, signal, time
+    done = subprocess.Popen([sys.executable, ROOT / "scripts" / "on_a_card.py", "--dry", "--out", tmp_path],
+                            stdout=subprocess.DEVNULL)
+    log, start = tmp_path / "log.txt", time.time()
+    while not log.exists() and time.time() - start < 60: time.sleep(0.05)
+    children = Path(f"/proc/{done.pid}/task/{done.pid}/children")
+    if not children.exists(): done.kill(); pytest.skip("this system does not list a process's children")
+    while not (child := children.read_text().split()) and time.time() - start < 60: time.sleep(0.05)
+    done.send_signal(signal.SIGTERM)
+    assert done.wait(20) == 143
+    with pytest.raises(ProcessLookupError): os.kill(int(child[0]), 0)
 
 def stages(monkeypatch, **them):
     monkeypatch.setattr(module("on_a_card"), "STAGES", {k: (f, 0.5, "--group-size") for k, f in them.items()})
@@ -187,6 +200,12 @@ def test_wheels_are_put_beside_the_record(tmp_path, monkeypatch):
     assert main("--out", tmp_path / "out", "--wheels", tmp_path / "wheels") == 0
     assert lines(tmp_path / "out")[0]["result"] == {"there": True}
     sys.modules.pop("onlyhere")
+
+def test_a_wheel_for_another_machine_is_named(tmp_path, capsys):
+    (tmp_path / "wheels").mkdir()
+    wheel(tmp_path / "wheels").rename(tmp_path / "wheels" / "onlyhere-1.0-cp27-none-win32.whl")
+    assert main("--out", tmp_path / "out", "--wheels", tmp_path / "wheels") == 2
+    assert "onlyhere-1.0-cp27-none-win32.whl is not a supported wheel" in capsys.readouterr().err
 
 def test_pieces_are_put_together_again_and_a_damaged_one_is_named(tmp_path, monkeypatch, capsys):
     packing = module("card_pack")
