@@ -13,7 +13,11 @@ with one update a step. In CoMAM's own process only the extraction agent's group
 every rollout of the two other agents a prompt of its own, which has only its instruction (--common of its tokens) in
 common with the others. The first step of every run is shown and not counted: it fetches the memory that later steps
 use again. Every system runs in a process of its own, so that peak memory (resident set; on a card, what was allocated
-there) is its own."""
+there) is its own.
+
+`trl-batching` is TRL with transformers' continuous batching (`use_transformers_continuous_batching`), which is made
+for cards. With --E a step has several episodes, each with prompts of its own. scripts/on_a_card.py calls the same
+functions."""
 import argparse, importlib.metadata, json, os, resource, statistics, subprocess, sys, tempfile, time, warnings
 
 NAMES = ("extraction", "profile", "retrieval")
@@ -33,6 +37,11 @@ def texts(tok, length):
     body = tok.decode(tok(tok.decode(torch.randint(1000, 40000, (length,)).tolist())).input_ids[:length])
     return {n: f"{n[0]} {body}" for n in NAMES}
 
+def each_episode(tok, a):
+    "The same for each of a step's episodes, which differ from their first word on."
+    first = texts(tok, a.prompt)
+    return [{n: f"{e} {t}" if e else t for n, t in first.items()} for e in range(a.E)]
+
 def clock():
     "A callback that notes how long each step takes."
     from transformers import TrainerCallback
@@ -42,26 +51,29 @@ def clock():
         def on_step_end(self, *args, **kwargs): self.seconds.append(time.perf_counter() - self.start)
     return Clock()
 
-def run_trl(a):
+def run_trl(a, **engine):
     import torch
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
     tok = AutoTokenizer.from_pretrained(a.model, padding_side="left"); tok.pad_token = tok.eos_token
-    rows, times = [{"prompt": t} for t in texts(tok, a.prompt).values()] * a.steps, clock()
-    micro = a.micro or a.G
-    config = GRPOConfig(a.out, per_device_train_batch_size=micro, gradient_accumulation_steps=3 * a.G // micro,
+    rows, times = [{"prompt": p[n]} for n in NAMES for p in each_episode(tok, a)] * a.steps, clock()
+    micro, half = a.micro or a.G, a.dtype == "bfloat16"
+    config = GRPOConfig(a.out, per_device_train_batch_size=micro, gradient_accumulation_steps=3 * a.E * a.G // micro,
                         num_generations=a.G, max_steps=a.steps, max_completion_length=a.new,
-                        generation_kwargs={"min_new_tokens": a.new}, bf16=True, use_cpu=not torch.cuda.is_available(),
+                        generation_kwargs={"min_new_tokens": a.new}, bf16=half, use_cpu=not torch.cuda.is_available(),
                         report_to="none", beta=0.0, learning_rate=1e-5, save_strategy="no",
-                        shuffle_dataset=False, disable_tqdm=True, gradient_checkpointing=False)
-    trainer = GRPOTrainer(model=AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16),
+                        shuffle_dataset=False, disable_tqdm=True, gradient_checkpointing=False, **engine)
+    trainer = GRPOTrainer(model=AutoModelForCausalLM.from_pretrained(a.model, dtype=getattr(torch, a.dtype)),
                           reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions], args=config,
                           train_dataset=Dataset.from_list(rows), processing_class=tok, peft_config=LoraConfig(r=16,
         target_modules="all-linear"), callbacks=[times])
     trainer.train()
     return times.seconds
+
+def run_trl_batching(a):
+    return run_trl(a, use_transformers_continuous_batching=True, transformers_continuous_batching_config=a.room)
 
 def run_comlrl(a):
     import torch
@@ -96,28 +108,31 @@ def run_comam(a):
     from comam_nb.rl.team import make_team
     class Endless(Backbone):
         eos_ids, stop = (), "" # all write --new tokens, as the others do
-    loaded = load_backbone(a.model, dtype="bfloat16", chat=False, verbose=False)
+    loaded = load_backbone(a.model, dtype=a.dtype, chat=False, verbose=False)
     agents, times = make_team(Endless(loaded.model, loaded.tokenizer, loaded.adapters), r=16,
                               **{n: {"max_new_tokens": a.new} for n in NAMES}), clock()
-    tok, fixed, asked = loaded.tokenizer, texts(loaded.tokenizer, a.prompt), {n: 0 for n in NAMES}
+    tok, fixed, asked = loaded.tokenizer, each_episode(loaded.tokenizer, a), {n: 0 for n in NAMES}
     def prompt(name):
+        rollouts = 1 if name == "extraction" else a.G # this agent is asked once for each episode, or each rollout
         def said(state):
+            text = fixed[asked[name] // rollouts % a.E][name]
             asked[name] += 1
-            if not a.own or name == "extraction": return fixed[name]
-            ids = tok(fixed[name]).input_ids # the instruction, then words that no other rollout reads
+            if not a.own or name == "extraction": return text
+            ids = tok(text).input_ids # the instruction, then words that no other rollout reads
             return tok.decode(ids[:a.common]) + f" {asked[name]} " + tok.decode(ids[a.common:])
         return said
     for name, agent in agents.items(): agent.prompt = prompt(name)
     rewards = lambda groups: (torch.rand(len(groups), 3, a.G), torch.rand(len(groups), a.G))
-    config = CoMAMConfig(a.out, max_steps=a.steps, episodes_per_step=1, num_generations=a.G,
-                         max_completion_length=a.new, learning_rate=1e-5, bf16=True,
+    config = CoMAMConfig(a.out, max_steps=a.steps, episodes_per_step=a.E, num_generations=a.G,
+                         max_completion_length=a.new, learning_rate=1e-5, bf16=a.dtype == "bfloat16",
                          use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
                          # one random number a token, and not one for every word of the vocabulary
-                         sampling="per_group", keep_prompts=a.keep)
+                         sampling="per_group", keep_prompts=a.keep, **({"engine": a.engine} if a.engine else {}))
     CoMAMTrainer(agents, [example_episode()], rewards, config, callbacks=[times]).train()
+    assert asked == {n: a.steps * a.E * (1 if n == "extraction" else a.G) for n in NAMES}, "asked in another order"
     return times.seconds
 
-SYSTEMS = {"comam": run_comam, "trl": run_trl, "comlrl": run_comlrl}
+SYSTEMS = {"comam": run_comam, "trl": run_trl, "trl-batching": run_trl_batching, "comlrl": run_comlrl}
 
 def measure(system, a, **changed):
     "Run one system in a process of its own: seconds of its steps, and its peak memory in GB."
@@ -145,6 +160,7 @@ if __name__ == "__main__":
     p.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt")
     p.add_argument("--new", type=int, default=64, help="tokens of a completion")
     p.add_argument("--G", type=int, default=8)
+    p.add_argument("--E", type=int, default=1, help="episodes of a step; CoMLRL has one")
     p.add_argument("--common", type=int, default=128,
                    help="tokens of the instruction, for the run with prompts of their own")
     p.add_argument("--keep", type=int,
@@ -154,8 +170,11 @@ if __name__ == "__main__":
                    help="rows of TRL's micro-batch; 0: 8 up to 1,024 tokens, then 2, which fits into 24 GB")
     p.add_argument("--only", default="comam,trl,comlrl",
                    help="what to run, in this order; a name may come again, its steps are then put together")
-    a = p.parse_args(); a.own = False; a.micro = a.micro or (a.G if a.prompt <= 1024 else 2)
+    a = p.parse_args(); a.own, a.dtype, a.engine = False, "bfloat16", None
+    a.micro = a.micro or (a.G if a.prompt <= 1024 else 2)
     import torch
+    # on a CPU the engine takes half a minute to lay out the memory that it finds; little of it is enough
+    a.room = {} if torch.cuda.is_available() else {"max_memory_percent": 0.02}
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("torch", "transformers", "trl", "peft"))
     print(f"{versions}; {os.cpu_count()} cores, {torch.get_num_threads()} threads; prompt {a.prompt}, completion "
           f"{a.new}, G {a.G}, TRL's micro-batch {a.micro}", flush=True)
@@ -163,6 +182,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as a.model:
         make_model(a.model)
         runs = {"comam": ("comam", dict(steps=4)), "trl": ("trl", dict(steps=3 if a.prompt <= 2048 else 2)),
+                "trl-batching": ("trl-batching", dict(steps=3 if a.prompt <= 2048 else 2)),
                 "comlrl": ("comlrl", dict(steps=3)), "own": ("comam", dict(steps=2, own=True))}
         for name in a.only.split(","):
             seconds, memory = measure(runs[name][0], a, **runs[name][1])
@@ -172,6 +192,7 @@ if __name__ == "__main__":
             print(f"{name}: {statistics.median(later):.1f} s a step (after a first one of {first:.1f}: "
                   f"{', '.join(f'{s:.1f}' for s in later)}), peak memory {memory:.1f} GB", flush=True)
     say = {("trl", "comam"): "joint step vs TRL", ("comlrl", "comam"): "joint step vs CoMLRL",
+           ("trl-batching", "comam"): "joint step vs TRL with continuous batching",
            ("trl", "own"): "joint step vs TRL, two agents with prompts of their own"}
     for (peer, ours), title in say.items():
         if peer in found and ours in found:

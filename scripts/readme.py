@@ -1,4 +1,5 @@
 """README.md is nbs/index.ipynb as Markdown, without hidden cells and directives, its links counted from the root.
+Of a cell with `#| echo: false` it has only what the cell shows.
 
     python scripts/readme.py            # write README.md
     python scripts/readme.py --check    # exit code 1 if README.md is not what this would write
@@ -12,6 +13,9 @@ def shown(cell):
     "The cell as a reader of README sees it, or None for a hidden one."
     directives = [l[2:].strip() for l in cell.source.splitlines() if l.startswith("#|")]
     if any(d in ("hide", "eval: false") for d in directives): return None
+    if "echo: false" in directives: # what it shows, without the code
+        cell.cell_type, cell.source = "markdown", "\n\n".join(o.data["text/markdown"] for o in cell.outputs)
+        return cell
     cell.source = "\n".join(l for l in cell.source.splitlines() if not l.startswith("#|")).strip("\n")
     return cell
 

@@ -241,7 +241,7 @@ def test_the_card_that_is_named_is_the_card_that_is_used(tmp_path, monkeypatch):
     taken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **k: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda d: taken.append(torch.device(d)))
     AcceleratorState._reset_state(reset_partial_state=True)
     try:

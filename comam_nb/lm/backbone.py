@@ -32,7 +32,8 @@ def _pick_dtype(device, dtype=None):
     "The weights' type: bfloat16 on a CUDA card that has it, else float32."
     if isinstance(dtype, torch.dtype): return dtype
     if dtype is None:
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        own = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if own else torch.float32
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in names: raise BackboneError(f"unknown dtype {dtype!r}: use one of {', '.join(names)}")
     return names[dtype]

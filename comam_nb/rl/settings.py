@@ -143,7 +143,7 @@ def _fill(c: CoMAMConfig) -> None:
     if world > 1 and c.ddp_broadcast_buffers is None:
         c.ddp_broadcast_buffers = False # one process may need more forward passes than another
     if c.keep_prompts is None: c.keep_prompts = 4096 if cpu else 0
-    if c.bf16 is None: c.bf16 = not cpu and torch.cuda.is_bf16_supported()
+    if c.bf16 is None: c.bf16 = not cpu and torch.cuda.is_bf16_supported(including_emulation=False)
     passes = len(c.trained_agents or AGENTS) * _cut(c, world)
     if c.gradient_accumulation_steps not in (None, passes):
         raise CreditError(f"gradient_accumulation_steps={c.gradient_accumulation_steps}: a step has {passes} passes, "

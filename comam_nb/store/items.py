@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -96,15 +97,30 @@ def _rounding_bound(
     du = dim * 2.0**-24
     return 1.01 * du / (1 - du) # 1.01: rows may have length 1.001, as `embed` allows
 
+# %% ../../nbs/source/store/01_items.ipynb #dad718a9
+class _NumpyRows:
+    "What FAISS's IndexFlatIP is asked here, in numpy."
+    def __init__(self, dim:int): self.rows = np.zeros((0, dim), np.float32)
+    def add(self, vectors:np.ndarray)->None: self.rows = np.concatenate([self.rows, vectors])
+    def reconstruct_batch(self, rows:np.ndarray)->np.ndarray: return self.rows[rows]
+    def search(self, queries:np.ndarray, m:int)->tuple[np.ndarray, np.ndarray]: # scores and places [Q, m], best first
+        scores = queries @ self.rows.T # [Q, n]
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :m]
+        return np.take_along_axis(scores, best, 1), best
+
+def _flat_rows(dim:int)->Any:
+    try: import faiss
+    except ModuleNotFoundError: return _NumpyRows(dim)
+    return faiss.IndexFlatIP(dim)
+
 # %% ../../nbs/source/store/01_items.ipynb #66344637
 class FlatIndex:
     "Exact top-k by inner product over float32 rows, ties by insertion; holds nothing that cannot be rebuilt."
     def __init__(self,
         dim:int, # length of the vectors
     ):
-        import faiss
         self.keys: list[int] = []
-        self.faiss_index, self.slack = faiss.IndexFlatIP(dim), 2 * _rounding_bound(dim)
+        self.faiss_index, self.slack = _flat_rows(dim), 2 * _rounding_bound(dim)
     def __len__(self)->int: return len(self.keys)
     def add(self,
         keys:Sequence[int], # n increasing numbers, larger than all before: the order of insertion
