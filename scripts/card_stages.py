@@ -213,7 +213,7 @@ def ceilings(a):
     yield {"launching": {"microseconds": 1e6 * seconds_of(lambda: small.add_(1), a.device, 2000)}}
 
 def comam(*args):
-    from comam_nb.cli.comam import main
+    from comam_nb.cli.__main__ import main
     print("comam", *args, flush=True)
     if code := main([str(x) for x in args]): raise RuntimeError(f"comam {args[0]} ended with {code}; see log.txt")
 
