@@ -103,6 +103,57 @@ def test_code_reply_with_several_blocks_and_a_body_only():
     assert check(task, "I would not know.").passed is False
 
 
+@pytest.mark.parametrize("gold, text", [
+    ("6", "<think>\nCould be \\boxed{7}.\n</think>\nThe answer is 6."), ("6", "7 or \\boxed{7}?</think>\nSo \\boxed{6}."),
+    ("9", "The final answer should be given in \\fbox{your answer}.\nThe answer is 9."),
+    ("9", "Put it in \\boxed form: the answer is 9"), ("9", "9 in all. (Use \\boxed{...}.)"),
+    ("40", "The answer is 40, because 8 times 5 is 40 and 8 is even."), ("40", "Answer: 40 (and not 45)"),
+    ("40", "The answer is 40 since there are 5 rows of 8."), ("40", "<final_answer>40</final_answer> See step 3."),
+    ("40", "**Answer: 40** eggs, which are 10 more than 30"), ("-3", "The answers are \\boxed{-3}"),
+    ("21", r"\boxed{21^{\mathrm{st}}}"), ("21", "The answer is the 21st"), ("4", r"\boxed{4\text{ ft}^3}"),
+    ("4.5", r"\boxed{4.5\ \mathrm{km/h}}"), ("12", r"\boxed{12 \text{ inches}^2}"), ("90", "It takes ninety."),
+    ("47", "The answer is forty-seven."), ("100", "The answer is one hundred."), (r"\frac{3}{4}", "The answer is ¾."),
+    (r"5\sqrt{3}", "Answer: 5√3"), ("x^2-4", "The answer is x²−4"), ("2500", r"\boxed{2 500}"),
+    ("2500000", r"The answer is 2.500.000"), ("7", "答案：7 米。"), ("7", "Ответ: 7"), ("7", "La respuesta es 7."),
+    ("7", "因此答案是 7（不是 8）"), (r"\text{(B)}", r"\boxed{\text{(B) } 17}"), ("(D)", "The answer is (D) 4/3"),
+    ("1, 4", r"$\boxed{1}$ or $\boxed{4}$"), ("(0, 5]", r"\boxed{0 < t \leq 5}"), ("[3, \\infty)", r"\boxed{x \ge 3}"),
+    (r"(-\infty, -1) \cup (1, \infty)", r"\boxed{x < -1 \text{ or } x > 1}"), ("x \\le 4", r"\boxed{(-\infty, 4]}")])
+def test_answers_as_models_write_them(gold, text):
+    assert check(Task("t", "How many?", check={"kind": "math", "answer": gold}), text).passed, M._final_answer(text)
+
+@math_verify
+@pytest.mark.parametrize("gold, text", [
+    ("3", "<think>\nPerhaps the answer is 3, but let me check: 1 +"), ("3", r"\boxed{3} or \boxed{4}"),
+    (r"\frac{1}{900!}", r"\boxed{\frac{1}{901!}}"), (r"2 - \mathrm{e}", r"\boxed{2 + \mathrm{e}}"),
+    (r"2, 4, \ldots, 2n", r"\boxed{2, 3, \ldots, 2n}"), (r"\{0, \pi\}", r"\boxed{\{0, \pi + 10^{-18}\}}"),
+    ("15", r"\boxed{15 x^2}"), ("3", "答案是 3 万"), ("(0, 5]", r"\boxed{0 \le t \leq 5}"),
+    (r"\text{(B)}", r"\boxed{(A) or (B)}"),
+    ("500", "The answer is five hundred and one"), ("12", "The answer is 12 million."), ("1/2", "The answer is 2½")])
+def test_what_looks_like_the_answer_and_is_not(gold, text):
+    assert not check(Task("t", "How many?", check={"kind": "math", "answer": gold}), text).passed
+
+@pytest.mark.parametrize("reply", [
+    "```python\nfrom math import isqrt\nN = 1\n```\nand\n```python\ndef root(x):\n    return isqrt(x) * N\n```",
+    "~~~\nfrom math import isqrt\ndef root(x): return isqrt(x)\n~~~\nUse it:\n~~~\nprint(root(int(input())))\n~~~",
+    "* like this:\n\n    ```python\n    import math\n    def root(x):\n        return math.isqrt(x)\n    ```\n",
+    "```py import math; root = lambda x: math.isqrt(x)```",
+    "Sure!\n\nimport math\n\ndef root(x):\n    # the whole part\n    return math.isqrt(x)\n\nIt rounds down.",
+    "<think>\n```python\ndef root(x): return 0\n```\n</think>\n```python\nimport math\ndef root(x): return math.isqrt(x)"
+    "\n```", "```python\nimport math, sys\ndef root(x): return math.isqrt(x)\ndef main():\n"
+    "    print(root(int(sys.stdin.readline())))\nmain()\n```"])
+def test_programs_as_models_write_them(reply):
+    task = Task("t", "Write root(x).", check={"kind": "code", "tests": ["assert root(10) == 3"]}, domain="code")
+    assert check(task, reply).reason == "passed"
+
+STUB = 'def total(xs):\n    """Their sum."""\n'
+@pytest.mark.parametrize("body", ["return sum(xs)", "s = 0\n    for x in xs:\n        s += x\n    return s",
+                                  "  return sum(xs)", "\ts = sum(xs)\n\treturn s", "s = 0\nfor x in xs: s += x\nreturn s",
+                                  "```python\n    return sum(xs)\n```"])
+def test_a_body_that_lost_its_indentation(body):
+    task = Task("t", STUB, check={"kind": "code", "entry_point": "total", "setup": STUB,
+                                  "test": "def check(f):\n    assert f([1, 2]) == 3"}, domain="code")
+    assert check(task, body).reason == "passed"
+
 def test_an_unknown_or_missing_check_is_an_error():
     with pytest.raises(MemCollabError, match="has no check"): check(Task("t", "?"), "7")
     with pytest.raises(MemCollabError, match="'essay'"): Task("t", "?", check={"kind": "essay"})

@@ -129,7 +129,7 @@ def _complete_code(
     "A whole program out of HumanEval's prompt and a solution that may be a body or a whole function."
     if not _defines(code, [entry_point]):
         start, first = prompt.rstrip("\n") + "\n", "    " + code.lstrip()
-        bodies = (code, first, indent(dedent(code), "    "), indent(dedent(code.lstrip()), "    "))
+        bodies = (code, indent(dedent(code), "    "), indent(dedent(code.lstrip()), "    "), first)
         return next((start + b for b in bodies if _has_body(start + b, entry_point)), start + code)
     head = re.split(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\b", prompt, maxsplit=1, flags=re.M)[0]
     return head + "\n" + code

@@ -77,7 +77,8 @@ def _final_answer(
     if m := [t for t in _TAG.findall(text) if not _QUOTED.fullmatch(t)]: return m[-1].strip(), "tag"
     if m := _SAID.findall(text):
         # 500: nobody's final answer is longer
-        said = re.sub(r"(?:[.!]+(?:\s.*)?|[。！].*)$", "", m[-1][:500].strip()).strip(" *")
+        said = re.sub(r"(?:[.!]+(?:\s.*)?|[。！].*)$", "", m[-1][:500].strip())
+        said = re.sub(r"(?<![\w)])\*\*|\*\*(?![\w(])", "", said).strip(" *") # bold
         return _ASIDE.sub("", said).strip(" *,;") or said, "answer is"
     if numbers:
         if m := _LAST.findall(text): return m[-1], "last number"
