@@ -1,11 +1,10 @@
 "Engines that write in a policy's place: the library's continuous batching, and vLLM, of which a stand-in is asked."
-import sys
 from collections import Counter
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest, torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Lfm2Config, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, \
     PreTrainedTokenizerFast
 
@@ -27,7 +26,11 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
                                    padding_side="left")
 
-def policy(adapters=("extraction", "profile"), kind=(LlamaConfig, LlamaForCausalLM), stop="", **settings):
+class Endless(Backbone):
+    "Its texts have no end but the limit."
+    eos_ids = property(lambda self: [])
+
+def policy(adapters=("extraction", "profile"), kind=(LlamaConfig, LlamaForCausalLM), stop="", made=Backbone, **settings):
     "A tiny model whose adapters have something to say."
     torch.manual_seed(0)
     size = dict(vocab_size=11, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -39,7 +42,7 @@ def policy(adapters=("extraction", "profile"), kind=(LlamaConfig, LlamaForCausal
         with torch.no_grad():
             for key, p in model.named_parameters():
                 if "lora_B" in key: p.normal_(0, 0.2)
-    return Backbone(model.eval(), tokenizer(), tuple(adapters), "tiny", stop)
+    return made(model.eval(), tokenizer(), tuple(adapters), "tiny", stop)
 
 @pytest.fixture()
 def engine():
@@ -55,7 +58,14 @@ def engine():
 def ids(backbone, rows=ROWS, G=1, **kw):
     return [[s.ids for s in g] for g in sample_rows(backbone, rows, G, **dict(max_new_tokens=8) | kw)]
 
-def both(backbone, engine, *args, **kw):
+class Named(TorchDispatchMode):
+    "The names of the operators that are called."
+    def __init__(self, names): super().__init__(); self.names = names
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        self.names.append(f.overloadpacket.__name__)
+        return f(*args, **kwargs or {})
+
+def both(backbone, writer, *args, **kw):
     "What the engine writes, and what is written without."
     written = ids(backbone, *args, **kw)
     backbone.writer, kept = None, backbone.writer
@@ -78,18 +88,18 @@ def test_greedy_ids_are_those_of_generate_under_each_adapter_in_turn(engine):
     assert {len(t) for g in seen[0] + seen[1] for t in g} - {8} # some end by themselves
     assert len(writer.managers) == 2 # one for each adapter, kept between the calls
 
-def test_new_weights_are_seen_though_the_manager_is_kept(engine):
-    b = policy()
-    writer, long = engine(b), [tuple(3 + i % 7 for i in range(120)) * 2]
-    first, _ = both(b, writer, adapter="profile", temperature=0.0)
-    before, _ = both(b, writer, long * 2, adapter="profile", temperature=0.0)
+def test_new_weights_are_seen_though_the_manager_and_its_cache_are_kept(engine):
+    "The library would find the long prompt's first 512 tokens in its cache, as they were under the old weights."
+    b = policy(made=Endless, max_position_embeddings=1024)
+    writer, prompts = engine(b), [*ROWS, tuple(3 + i % 7 for i in range(600))]
+    ask = lambda: both(b, writer, prompts, adapter="profile", temperature=0.0)
+    before, _ = ask()
     manager = [m for m, _ in writer.managers.values()]
     with torch.no_grad():
         for key, p in b.model.named_parameters():
-            if "lora_B.profile" in key: p.neg_()
-    for rows, old in ((ROWS, first), (long * 2, before)):
-        written, plain = both(b, writer, rows, adapter="profile", temperature=0.0)
-        assert written == plain != old
+            if "lora_B.profile" in key: p.mul_(-3)
+    written, plain = ask()
+    assert written == plain and all(x != y for x, y in zip(written, before))
     assert [m for m, _ in writer.managers.values()] == manager
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -167,6 +177,23 @@ def test_a_window_that_slides_and_a_nucleus_are_the_library_s(engine):
     engine(b)
     likeliest = ids(b, temperature=0.0)
     assert ids(b, G=2, top_p=1e-6) == [g * 2 for g in likeliest]
+
+@pytest.mark.parametrize("way", [dict(temperature=0.0), dict(temperature=0.7), dict(draws=own_draws([(0,)] * 4, 1, 8))])
+def test_a_step_asks_the_card_nothing_and_is_the_same_kernels_for_every_token(engine, way):
+    "So that a card may record it once and play it back; sampling and draws of one's own are part of it."
+    b = policy(made=Endless)
+    writer, calls = engine(b), []
+    ids(b, adapter="profile", **way)
+    runner = next(iter(writer.managers.values()))[0].batch_processor.model_runner
+    plain = runner.compute_batch
+    def noted(*args):
+        calls.append([])
+        with Named(calls[-1]): return plain(*args)
+    runner.compute_batch = noted
+    ids(b, adapter="profile", **way)
+    assert len(calls) >= 8 and calls[-1] == calls[-2] == calls[-3]
+    assert not {"_local_scalar_dense", "nonzero", "equal", "masked_select"} & {k for c in calls for k in c}
+    assert {"index_select", "scaled_dot_product_attention", "argmax", "multinomial"} & {*calls[-1]}
 
 def test_the_model_comes_back_as_it_was(engine):
     b = policy()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_engine']
 
-# %% ../../nbs/source/lm/11_engines.ipynb #079c893e
+# %% ../../nbs/source/lm/11_engines.ipynb #77e8851e
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from ..base.errors import BackboneError
 from .backbone import Backbone
 from .lora import eval_mode, save_adapter
 
-# %% ../../nbs/source/lm/11_engines.ipynb #35142fd2
+# %% ../../nbs/source/lm/11_engines.ipynb #bd5a5b42
 def _requests(prompts, G, greedy):
     """(id, prompt, places of each of its texts among the P x G rows). Equal prompts are one request, whose texts fork
     from it; greedy texts of a prompt are one text."""
@@ -36,7 +36,7 @@ def _text_ids(request, n):
     "What the library calls the n texts of a request."
     return [request] + [f"{request}__child#{i}" for i in range(n - 1)]
 
-# %% ../../nbs/source/lm/11_engines.ipynb #c5f7f82a
+# %% ../../nbs/source/lm/11_engines.ipynb #2d8ae75c
 def _own_numbers(temperature):
     "A logits processor that picks with numbers of one's own, and leaves nothing but the token picked."
     from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
@@ -57,7 +57,7 @@ def _own_numbers(temperature):
             return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
     return Numbers()
 
-# %% ../../nbs/source/lm/11_engines.ipynb #90a0f2bb
+# %% ../../nbs/source/lm/11_engines.ipynb #b0f6f698
 _VERSIONS = "5.17 to 5.23"
 
 def _library_settings(memory, graphs, sliding):
@@ -88,7 +88,7 @@ def _attention_kept(model:torch.nn.Module)->Iterator[None]:
     finally:
         if lm.config._attn_implementation != before: lm.set_attn_implementation(before)
 
-# %% ../../nbs/source/lm/11_engines.ipynb #a88bb4de
+# %% ../../nbs/source/lm/11_engines.ipynb #8ff55c6e
 class _Continuous:
     "transformers' continuous batching, which writes for one policy with the adapter that is active."
     def __init__(self, backbone, memory=0.2, graphs=None, keep=4): # so many managers at most
@@ -179,7 +179,7 @@ class _Continuous:
         for manager, _ in self.managers.values(): manager.destroy()
         self.managers.clear()
 
-# %% ../../nbs/source/lm/11_engines.ipynb #a56682a0
+# %% ../../nbs/source/lm/11_engines.ipynb #7cad27f8
 class _ThroughVLLM:
     "TRL's `VLLMGeneration`, which writes with the adapter that is active as an adapter, or with the whole weights."
     numbers = count(1) # vLLM knows an adapter by its number and keeps what it has read: new weights, new number
@@ -208,7 +208,7 @@ class _ThroughVLLM:
 
     def close(self): pass
 
-# %% ../../nbs/source/lm/11_engines.ipynb #15e20436
+# %% ../../nbs/source/lm/11_engines.ipynb #d4b1331a
 _ENGINES = "auto", "own", "continuous"
 
 def make_engine(
