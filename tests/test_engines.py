@@ -30,7 +30,8 @@ class Endless(Backbone):
     "Its texts have no end but the limit."
     eos_ids = property(lambda self: [])
 
-def policy(adapters=("extraction", "profile"), kind=(LlamaConfig, LlamaForCausalLM), stop="", made=Backbone, **settings):
+def policy(adapters=("extraction", "profile"), kind=(LlamaConfig, LlamaForCausalLM), stop="", made=Backbone,
+           **settings):
     "A tiny model whose adapters have something to say."
     torch.manual_seed(0)
     size = dict(vocab_size=11, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -146,6 +147,7 @@ def test_texts_of_a_group_are_drawn_from_the_model_s_distribution(engine):
             chi = sum((times[k] - e) ** 2 / e for k, e in enumerate((expected * len(seen)).tolist()))
             assert chi < 35.6 # ten degrees of freedom: passed once in 10,000
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_texts_and_opening_leaves_torch_s_stream_alone(engine):
     b = policy()
     writer = engine(b)
@@ -206,6 +208,7 @@ def test_the_model_comes_back_as_it_was(engine):
     assert not any(m.is_running() for m, _ in writer.managers.values())
     assert "_cached_continuous_batching_manager" not in b.model.get_base_model().__dict__
 
+@pytest.mark.slow
 def test_more_rows_open_a_larger_manager_and_no_more_are_kept_than_said(engine):
     b = policy()
     writer = engine(b)
@@ -223,7 +226,7 @@ def test_what_the_engine_cannot_do_is_said_in_a_line(monkeypatch, engine):
     with pytest.raises(BackboneError, match="unknown engine 'fast'"): make_engine("fast", b)
     with pytest.raises(BackboneError, match="engine_memory"): make_engine("continuous", b, memory=0)
     engine(b, memory=1e-6)
-    with pytest.raises(BackboneError, match="cannot begin .*engine_memory, now 1e-06"): ids(b)
+    with pytest.raises(BackboneError, match="cannot begin .*engine_memory"): ids(b)
     assert b.model.config._attn_implementation == "sdpa"
     mixed = SimpleNamespace(model=SimpleNamespace(config=Lfm2Config(num_hidden_layers=2,
                                                                     layer_types=["conv", "full_attention"])))

@@ -57,8 +57,8 @@ def add_train(
     p.add_argument("--sampling", choices=("per_group", "stream"), help="per_group: the same texts with any number of "
                    "processes; stream: from torch's generator (default: stream with one process, per_group with "
                    "several)")
-    p.add_argument("--engine", choices=("auto", "own", "continuous"), default="auto", help="who writes the rollouts: the "
-                   "package, or transformers' continuous batching (default auto: the package on a CPU, continuous "
+    p.add_argument("--engine", choices=("auto", "own", "continuous"), default="auto", help="who writes the rollouts: "
+                   "the package, or transformers' continuous batching (default auto: the package on a CPU, continuous "
                    "batching on a CUDA card)")
     p.add_argument("--micro-batches", type=int, default=1, help="passes per agent and step, to save memory (default 1)")
     p.add_argument("--save-steps", type=int, default=0,

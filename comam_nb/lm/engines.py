@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['make_engine']
 
-# %% ../../nbs/source/lm/11_engines.ipynb #77e8851e
+# %% ../../nbs/source/lm/11_engines.ipynb #87b75968
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from itertools import count
@@ -21,7 +21,7 @@ from ..base.errors import BackboneError
 from .backbone import Backbone
 from .lora import eval_mode, save_adapter
 
-# %% ../../nbs/source/lm/11_engines.ipynb #bd5a5b42
+# %% ../../nbs/source/lm/11_engines.ipynb #e33ebe37
 def _requests(prompts, G, greedy):
     """(id, prompt, places of each of its texts among the P x G rows). Equal prompts are one request, whose texts fork
     from it; greedy texts of a prompt are one text."""
@@ -36,7 +36,7 @@ def _text_ids(request, n):
     "What the library calls the n texts of a request."
     return [request] + [f"{request}__child#{i}" for i in range(n - 1)]
 
-# %% ../../nbs/source/lm/11_engines.ipynb #2d8ae75c
+# %% ../../nbs/source/lm/11_engines.ipynb #92b6b59d
 def _own_numbers(temperature):
     "A logits processor that picks with numbers of one's own, and leaves nothing but the token picked."
     from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
@@ -57,7 +57,7 @@ def _own_numbers(temperature):
             return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
     return Numbers()
 
-# %% ../../nbs/source/lm/11_engines.ipynb #b0f6f698
+# %% ../../nbs/source/lm/11_engines.ipynb #13dda48d
 _VERSIONS = "5.17 to 5.23"
 
 def _library_settings(memory, graphs, sliding):
@@ -88,10 +88,52 @@ def _attention_kept(model:torch.nn.Module)->Iterator[None]:
     finally:
         if lm.config._attn_implementation != before: lm.set_attn_implementation(before)
 
-# %% ../../nbs/source/lm/11_engines.ipynb #8ff55c6e
+# %% ../../nbs/source/lm/11_engines.ipynb #e092ba8b
+_HELP = "give it more memory (engine_memory), or take engine own"
+
+def _written(manager, lm, requests, max_new_tokens, ends):
+    "What the library writes, by its names. Raises `BackboneError` if anything is missing."
+    manager.switch_to_cb_friendly_attn(lm)
+    manager.start()
+    try:
+        for name, prompt, where in requests:
+            manager.num_return_sequences = len(where)
+            manager.add_request(list(prompt), request_id=name, max_new_tokens=max_new_tokens, eos_token_id=ends)
+        manager.stop(keep_for_next_session=True) # returns when all is written
+    finally:
+        if manager.is_running(): manager.stop(hard_stop=True, keep_for_next_session=True)
+        lm.__dict__.pop("_cached_continuous_batching_manager", None) # we keep it, and others beside it
+    found = {}
+    while (o := manager.get_result(timeout=0)) is not None: found[o.request_id] = o
+    wanted = {t for name, _, where in requests for t in _text_ids(name, len(where))}
+    failed = next((o.error for o in found.values() if o.error), None)
+    if failed is not None or wanted - found.keys():
+        why = failed or manager.background_thread_status.fatal_error or "texts are missing"
+        raise BackboneError(f"continuous batching has ended early ({why}): {_HELP}")
+    return {t: tuple(found[t].generated_tokens) for t in wanted}
+
+def _opened(lm, settings, length, size, ends, temperature, top_p, own):
+    "A manager for texts up to a length, so many at once. Raises `BackboneError` if there is no room for them."
+    from transformers import GenerationConfig
+    from transformers.generation.continuous_batching.utils import WorkloadHints
+    plain = temperature > 0 and not own
+    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if plain else {}
+    config = GenerationConfig(eos_token_id=ends, max_new_tokens=1, **sampling)
+    try:
+        manager = lm.init_continuous_batching(config, settings, WorkloadHints(length, 0, size))
+        if own:
+            manager.numbers, found = _own_numbers(temperature), manager.logit_processor
+            found.logits_processor.append(manager.numbers)
+            found.tensors_required, found.do_processing = 1, True
+        with torch.random.fork_rng(devices=[]): manager.warmup() # it seeds torch anew
+    except (ValueError, MemoryError) as e:
+        raise BackboneError(f"continuous batching cannot begin ({e}): {_HELP}") from e
+    return manager
+
+# %% ../../nbs/source/lm/11_engines.ipynb #9a35e4ea
 class _Continuous:
     "transformers' continuous batching, which writes for one policy with the adapter that is active."
-    def __init__(self, backbone, memory=0.2, graphs=None, keep=4): # so many managers at most
+    def __init__(self, backbone, memory, graphs=None, keep=4): # so many managers at most
         model = backbone.model
         self.backbone, self.memory, self.keep = backbone, memory, keep
         self.lm = model.get_base_model() if hasattr(model, "peft_config") else model
@@ -110,68 +152,25 @@ class _Continuous:
             if own:
                 numbers = draws.flatten(0, 1).tolist()
                 manager.numbers.rows = {t: (len(p), numbers[ns[0]]) for t, (p, ns) in texts.items()}
-            try: done = self._run(manager, todo, max_new_tokens)
+            try: done = _written(manager, self.lm, todo, max_new_tokens, self.backbone.eos_ids or [-1])
             except BaseException:
                 self.managers.pop(key)
                 raise
         out = [()] * (len(prompts) * G)
         for t, (_, ns) in texts.items():
-            for n in ns: out[n] = tuple(done[t])
+            for n in ns: out[n] = done[t]
         return out
-
-    def _run(self, manager, requests, max_new_tokens):
-        "What is written, by the library's names; raises `BackboneError` if anything is missing."
-        manager.switch_to_cb_friendly_attn(self.lm)
-        manager.start()
-        try:
-            for name, prompt, where in requests:
-                manager.num_return_sequences = len(where)
-                manager.add_request(list(prompt), request_id=name, max_new_tokens=max_new_tokens,
-                                    eos_token_id=self.backbone.eos_ids or [-1])
-            manager.stop(keep_for_next_session=True) # returns when all is written
-        finally:
-            if manager.is_running(): manager.stop(hard_stop=True, keep_for_next_session=True)
-            self.lm.__dict__.pop("_cached_continuous_batching_manager", None) # we keep it, and others beside it
-        found = {}
-        while (o := manager.get_result(timeout=0)) is not None: found[o.request_id] = o
-        wanted = {t for name, _, where in requests for t in _text_ids(name, len(where))}
-        failed = next((o.error for o in found.values() if o.error), None)
-        if failed is not None or wanted - found.keys():
-            why = failed or manager.background_thread_status.fatal_error or "texts are missing"
-            raise BackboneError(f"continuous batching has ended early ({why}): give it more memory (engine_memory, "
-                                f"now {self.memory}), or take engine own")
-        return {t: found[t].generated_tokens for t in wanted}
 
     def _manager(self, key, rows):
         "The manager for an adapter and a way to sample, which takes so many rows at once."
         manager, size = self.managers.pop(key, (None, 0))
-        if manager is None or size < rows:
+        if size < rows:
             if manager: manager.destroy()
             while len(self.managers) >= self.keep: self.managers.pop(next(iter(self.managers)))[0].destroy()
-            size = 2 ** math.ceil(math.log2(rows))
-            manager = self._open(key, size)
+            size, b = 2 ** math.ceil(math.log2(rows)), self.backbone
+            settings = _library_settings(self.memory, self.graphs, "sliding_attention" in _kinds(self.lm.config))
+            manager = _opened(self.lm, settings, b.context_length, size, b.eos_ids or -1, *key[1:])
         self.managers[key] = manager, size
-        return manager
-
-    def _open(self, key, size):
-        from transformers import GenerationConfig
-        from transformers.generation.continuous_batching.utils import WorkloadHints
-        _, temperature, top_p, own = key
-        plain = temperature > 0 and not own
-        sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if plain else {}
-        settings = _library_settings(self.memory, self.graphs, "sliding_attention" in _kinds(self.lm.config))
-        hints = WorkloadHints(max_prompt_length=self.backbone.context_length, num_requests=size)
-        config = GenerationConfig(eos_token_id=self.backbone.eos_ids or -1, max_new_tokens=1, **sampling)
-        try:
-            manager = self.lm.init_continuous_batching(config, settings, hints)
-            if own:
-                manager.numbers, found = _own_numbers(temperature), manager.logit_processor
-                found.logits_processor.append(manager.numbers)
-                found.tensors_required, found.do_processing = 1, True
-            with torch.random.fork_rng(devices=[]): manager.warmup() # it seeds torch anew
-        except (ValueError, MemoryError) as e:
-            raise BackboneError(f"continuous batching cannot begin ({e}): give it more memory (engine_memory, now "
-                                f"{self.memory}), or take engine own") from e
         return manager
 
     def close(self):
@@ -179,7 +178,7 @@ class _Continuous:
         for manager, _ in self.managers.values(): manager.destroy()
         self.managers.clear()
 
-# %% ../../nbs/source/lm/11_engines.ipynb #7cad27f8
+# %% ../../nbs/source/lm/11_engines.ipynb #b11e3a05
 class _ThroughVLLM:
     "TRL's `VLLMGeneration`, which writes with the adapter that is active as an adapter, or with the whole weights."
     numbers = count(1) # vLLM knows an adapter by its number and keeps what it has read: new weights, new number
@@ -208,19 +207,20 @@ class _ThroughVLLM:
 
     def close(self): pass
 
-# %% ../../nbs/source/lm/11_engines.ipynb #d4b1331a
+# %% ../../nbs/source/lm/11_engines.ipynb #8a37b702
 _ENGINES = "auto", "own", "continuous"
 
 def make_engine(
     name:str, # auto, own or continuous; with `vllm`, whatever it says
     backbone:Backbone, # whose texts it writes
-    memory:float=0.2, # for continuous: share of the free memory for the texts of one adapter
+    memory:float|None=None, # for continuous: share of the free memory for an adapter's texts; None: .2, on a CPU .02
     graphs:bool|None=None, # for continuous: CUDA graphs; None: on a card
     vllm:Any=None, # TRL's `VLLMGeneration`
 )->Callable|None: # a `writer` for the backbone, with `close()`; None: the decoding's own way
     "What writes in a policy's place. Raises `BackboneError` for an engine that cannot."
     if vllm is not None: return _ThroughVLLM(backbone, vllm)
     if name not in _ENGINES: raise BackboneError(f"unknown engine {name!r}: use one of {', '.join(_ENGINES)}")
+    if memory is None: memory = 0.02 if backbone.device.type == "cpu" else 0.2
     if not 0 < memory <= 1: raise BackboneError(f"engine_memory must be above 0 and at most 1, not {memory}")
     known = _kinds(backbone.model.config) <= {"full_attention", "sliding_attention"}
     if name == "own" or name == "auto" and (backbone.device.type != "cuda" or not known): return None

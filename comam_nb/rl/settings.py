@@ -73,7 +73,7 @@ class CoMAMConfig(GRPOConfig):
     clip:str = "per_agent" # whose gradient max_grad_norm limits: per_agent or together
     sampling:str|None = None # per_group: draws depend on seed, step and place alone; stream: torch's generator
     engine:str = "auto" # who writes: own, continuous, or what is expected to be faster on the device at hand
-    engine_memory:float = 0.2 # for continuous: share of the free memory that an adapter's texts may take
+    engine_memory:float|None = None # for continuous: share of the free memory for an adapter's texts, see `make_engine`
     engine_graphs:bool|None = None # for continuous: CUDA graphs; None: on a card
     run_on:str|None = None # the torch device of a single process, such as cuda:1; None: the first card
     credit:str = "adaptive" # credit scheme: adaptive, equal, local, global
