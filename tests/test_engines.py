@@ -230,7 +230,7 @@ def test_what_the_engine_cannot_do_is_said_in_a_line(monkeypatch, engine):
     assert b.model.config._attn_implementation == "sdpa"
     mixed = SimpleNamespace(model=SimpleNamespace(config=Lfm2Config(num_hidden_layers=2,
                                                                     layer_types=["conv", "full_attention"])))
-    with pytest.raises(BackboneError, match="no attention"): make_engine("continuous", mixed)
+    with pytest.raises(BackboneError, match="no attention"): make_engine("continuous", mixed, memory=0.1)
     monkeypatch.setattr(engines, "fields", lambda config: [SimpleNamespace(name="use_cuda_graph")])
     engine(b)
     with pytest.raises(BackboneError, match="transformers .* has no allow_block_sharing, .*5.17 to 5.23"): ids(b)

@@ -43,7 +43,7 @@ class Backbone:
     """A causal language model, its tokenizer and its named LoRA adapters.
 
     `writer` writes in the model's place, (P rows of prompt ids, G, tokens at most, temperature, top_p, draws) -> ids of
-    P x G texts, or None for what it leaves to the model: an engine does ([engines](11_engines.ipynb)).
+    P x G texts, or None for what it leaves to the model: an engine does, see `make_engine`.
     `reader` reads prompts before they are sampled from, (distinct rows of ids, tokens to come) -> a `Reading` or None:
     a trainer does, which needs the same prompts again. Both are set by the trainer.
     """

@@ -25,7 +25,7 @@ from .lora import eval_mode, save_adapter
 def _requests(prompts, G, greedy):
     """(id, prompt, places of each of its texts among the P x G rows). Equal prompts are one request, whose texts fork
     from it; greedy texts of a prompt are one text."""
-    places:dict[tuple, list[int]] = {}
+    places = {}
     for i, p in enumerate(prompts): places.setdefault(p, []).extend(range(i * G, (i + 1) * G))
     for k, (p, ns) in enumerate(places.items()):
         if greedy: yield str(k), p, [ns]
@@ -42,7 +42,7 @@ def _own_numbers(temperature):
     from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
     class Numbers(ContinuousBatchingLogitsProcessor):
         supported_kwargs, ignored_kwargs = {}, ()
-        rows:dict[str, tuple[int, list[float]]] = {} # text -> tokens of its prompt, its numbers
+        rows = {} # text -> tokens of its prompt, its numbers
         def fill_defaults(self, int32_tensor): int32_tensor.zero_()
         def prepare_tensor_args(self, requests_with_new_token): # in order, one for each row of scores
             us = []
@@ -63,7 +63,7 @@ _VERSIONS = "5.17 to 5.23"
 def _library_settings(memory, graphs, sliding):
     "A `ContinuousBatchingConfig`; a `BackboneError` where the library is too old to have what we set."
     import transformers
-    config:Any = getattr(transformers, "ContinuousBatchingConfig", None)
+    config = getattr(transformers, "ContinuousBatchingConfig", None)
     chosen = dict(max_memory_percent=memory, max_batch_tokens=1024, use_cuda_graph=graphs,
                   allow_block_sharing=False, # what was read under other weights must not be found again
                   use_async_batching=False if sliding else None, # forks of a window must not be overtaken
@@ -222,9 +222,10 @@ def make_engine(
     if name not in _ENGINES: raise BackboneError(f"unknown engine {name!r}: use one of {', '.join(_ENGINES)}")
     if memory is None: memory = 0.02 if backbone.device.type == "cpu" else 0.2
     if not 0 < memory <= 1: raise BackboneError(f"engine_memory must be above 0 and at most 1, not {memory}")
-    known = _kinds(backbone.model.config) <= {"full_attention", "sliding_attention"}
+    config:Any = backbone.model.config
+    known = _kinds(config) <= {"full_attention", "sliding_attention"}
     if name == "own" or name == "auto" and (backbone.device.type != "cuda" or not known): return None
     if not known:
-        raise BackboneError(f"this {backbone.model.config.model_type} model has layers that are no attention, which "
+        raise BackboneError(f"this {config.model_type} model has layers that are no attention, which "
                             "engine continuous does not keep: take engine own")
     return _Continuous(backbone, memory, graphs)
