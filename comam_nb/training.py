@@ -7,6 +7,7 @@ __all__ = ['CoMAMTrainer']
 
 # %% ../nbs/book/08_training.ipynb #741c70e7
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 from datasets import Dataset
 from torch.nn.utils import clip_grad_norm_, get_total_norm
@@ -56,7 +57,8 @@ class CoMAMTrainer(GRPOTrainer):
 
     def train(self, *args, **kwargs)->TrainOutput:
         "As TRL's `train`. Raises `LostProcess` where another process has ended."
-        with running(self): return super().train(*args, **kwargs)
+        with running(self), closing(self.joint):
+            return super().train(*args, **kwargs)
 
     def _gather(self, x): # [E_local, …] -> [E, …], in the order of the episodes
         if self.accelerator.num_processes == 1: return x

@@ -3,6 +3,7 @@ import json, subprocess, sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from comam_nb.agents import Action, Note
@@ -56,6 +57,16 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
     for name in "ab": main(["train", "--out", str(tmp_path / name), *SMALL, "--seed", "7"])
     a, b = (load_file(str(tmp_path / n / "weights" / "retrieval" / "adapter_model.safetensors")) for n in "ab")
     assert all((a[k] == b[k]).all() for k in a)
+
+@pytest.mark.slow
+def test_another_engine_writes_the_same_run(tmp_path):
+    for name in ("own", "continuous"):
+        assert main(["train", "--out", str(tmp_path / name), *SMALL, "--sampling", "per_group", "--engine", name]) == 0
+    a, b = (load_file(str(tmp_path / n / "weights" / "retrieval" / "adapter_model.safetensors"))
+            for n in ("own", "continuous"))
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a) and any(v.any() for v in a.values())
+    a, b = ((tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("own", "continuous"))
+    for x, y in zip(map(json.loads, a), map(json.loads, b)): assert x["answer_accuracy"] == y["answer_accuracy"]
 
 @pytest.mark.parametrize("policy", ["shared", "separate"])
 def test_policy_modes(tmp_path, policy):

@@ -1,10 +1,11 @@
 "The trainer: its fast ways, its settings, what it keeps to itself, and how it goes on."
-import json, os
+import json, os, sys
 from dataclasses import replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest, torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (Lfm2Config, LlamaConfig, LlamaForCausalLM,
                           PreTrainedTokenizerFast,
@@ -15,6 +16,7 @@ from comam_nb.data import example_episode
 from comam_nb.lm.backbone import Backbone
 from comam_nb.mdp import AGENTS
 from comam_nb.rl import scorer as scoring
+from comam_nb.rl.launch import check_run, settle
 from comam_nb.rl.sampler import PrioritySampler
 from comam_nb.rl.scorer import Scorer
 from comam_nb.rl.settings import CoMAMConfig
@@ -286,20 +288,110 @@ def test_the_samplers_state_is_part_of_a_checkpoint(tmp_path):
     with pytest.raises(CreditError, match="of a run without a sampler"):
         go(tmp_path / "b", str(tmp_path / "b" / "checkpoint-2"))
 
-def test_vllm_writes_with_the_weights_of_the_agent_whose_turn_it_is(tmp_path):
-    "No card to run it on: a stand-in notes which adapter is active when weights are sent, and writes by itself."
-    class Engine:
-        "As TRL's `VLLMGeneration` looks from outside."
-        def __init__(self, policy): self.policy, self.sent, self.asked = policy, [], []
-        def sync_weights(self): self.sent.append(self.policy.model.active_adapter)
+# ---- who writes
+
+class TRLEngine:
+    "As TRL's `VLLMGeneration` looks from outside, in this process."
+    top_p, top_k, min_p, repetition_penalty, generation_kwargs = 1.0, 0, None, 1.0, {}
+    def __init__(self): self.sent, self.asked, self.llm = 0, [], self
+    def sync_weights(self): self.sent += 1
+
+def vllm_stand_in(monkeypatch):
+    "vLLM's two classes that are asked for: they keep what they are given."
+    keep = lambda *names: type("Kept", (SimpleNamespace,), {"__init__": lambda self, *a, **k:
+                                                            self.__dict__.update(zip(names, a), **k)})
+    for name, kind in (("vllm", dict(SamplingParams=keep())), ("vllm.lora", {}),
+                       ("vllm.lora.request", dict(LoRARequest=keep("name", "number", "path")))):
+        module = ModuleType(name)
+        module.__dict__.update(kind)
+        monkeypatch.setitem(sys.modules, name, module)
+
+def test_vllm_is_given_the_adapter_of_the_agent_whose_turn_it_is_and_no_weights(tmp_path, monkeypatch):
+    "No card to run it on: a stand-in reads the adapter that it is pointed at, and writes by itself."
+    class Engine(TRLEngine):
+        def generate(self, prompts, sampling_params, lora_request, use_tqdm):
+            weights, rows = load_file(f"{lora_request.path}/adapter_model.safetensors"), len(prompts)
+            self.asked.append((rows, sampling_params, lora_request, weights))
+            text = lambda k: SimpleNamespace(token_ids=[*range(5, 6 + k % 4), 1, 7])
+            return [SimpleNamespace(outputs=[text(i + k) for k in range(sampling_params.n)]) for i in range(rows)]
+    vllm_stand_in(monkeypatch)
+    team = team_of(reader())
+    trainer = CoMAMTrainer(team, [example_episode()], wordy,
+                           settings(tmp_path, max_steps=2, sampling="stream", learning_rate=0.1))
+    trainer.vllm_generation = engine = Engine()
+    settle(trainer, trainer.team)
+    trainer.train()
+    rows, wishes, adapters, weights = zip(*engine.asked)
+    assert [a.name.split("-")[0] for a in adapters] == list(AGENTS) * 2
+    assert len({a.number for a in adapters}) == 6 # vLLM keeps what it has read under a number
+    # only extraction's prompts are equal for sure: two, four times; then eight, once
+    assert list(zip(rows, (w.n for w in wishes))) == [(2, 4), (8, 1), (8, 1)] * 2
+    assert {(w.temperature, w.max_tokens) for w in wishes} == {(1.0, 6)}
+    model = team["profile"].policy.model
+    for i, name in enumerate(AGENTS):
+        assert all(v.shape == model.state_dict()[k.replace(".weight", f".{name}.weight")].shape
+                   for k, v in weights[i].items())
+        assert any(not torch.equal(v, weights[i + 3][k]) for k, v in weights[i].items()) # a step lies between
+    assert {t["extraction"].action_ids for g in trainer.last_groups for t in g} == \
+        {(*range(5, n), 1) for n in (6, 7, 8, 9)} # cut behind the end
+    assert not engine.sent # what TRL calls before each step does nothing
+    engine.__class__.sync_weights(engine)
+    assert engine.sent and team["profile"].policy.writer is None
+
+def whole_team():
+    "One model without adapters, which is trained whole."
+    return make_team(dict.fromkeys(AGENTS, reader()), "separate", **{a: dict(max_new_tokens=6) for a in AGENTS})
+
+def test_vllm_gets_whole_weights_of_a_policy_without_adapters_and_draws_its_numbers_itself(tmp_path):
+    class Engine(TRLEngine):
         def generate(self, rows, images, G):
             self.asked.append((len(rows), G))
-            return rows, [[5 + len(self.sent), 6, self.policy.eos_ids[0], 7] for _ in rows], None, None
-    team = team_of(reader())
-    trainer = CoMAMTrainer(team, [example_episode()], wordy, settings(tmp_path, max_steps=1))
-    trainer.vllm_generation = engine = Engine(team["profile"].policy)
-    trainer.train()
-    assert engine.sent == list(AGENTS)
-    assert engine.asked == [(8, 4), (8, 1), (8, 1)] # E x G rows; only extraction's prompts are equal for sure
-    assert {t["extraction"].action_ids for g in trainer.last_groups for t in g} == {(6, 6, 1)} # cut behind the end
-    assert team["profile"].policy.writer is None
+            return rows, [[5 + self.sent, 6, 1, 7] for _ in rows], None, None
+    def go(sampling):
+        trainer = CoMAMTrainer(whole_team(), [example_episode()], wordy,
+                               settings(tmp_path, max_steps=1, sampling=sampling))
+        trainer.vllm_generation = engine = Engine()
+        settle(trainer, trainer.team)
+        trainer.train()
+        return engine
+    engine = go("stream")
+    assert engine.sent == 3 and engine.asked == [(8, 4), (8, 1), (8, 1)]
+    with pytest.raises(BackboneError, match="vLLM draws its numbers itself"): go("per_group")
+
+def test_vllm_is_started_for_adapters_where_there_are_some(tmp_path, monkeypatch):
+    from trl.generation import vllm_generation
+    monkeypatch.setattr(vllm_generation, "LLM", lambda **kw: kw, raising=False)
+    start = vllm_generation.LLM
+    def check(whole=False, **kw):
+        check_run(whole_team() if whole else team_of(reader()), settings(tmp_path, use_vllm=True, sampling=None, **kw))
+        return vllm_generation.LLM
+    for _ in range(2): assert check()(model="x") == dict(model="x", enable_lora=True, max_lora_rank=8)
+    assert check(whole=True) is start
+    for kw in (dict(vllm_mode="server"), dict(vllm_tensor_parallel_size=2), dict(vllm_enable_sleep_mode=True)):
+        with pytest.raises(CreditError, match="adapters reach vLLM in the run's own process alone"): check(**kw)
+    assert check(whole=True, vllm_mode="server") is start
+
+@pytest.mark.parametrize("policy, steps", [("adapters", 1)] + [
+    pytest.param(p, 2, marks=pytest.mark.slow) for p in ("adapters", "shared", "separate")])
+def test_a_joint_step_written_by_continuous_batching_is_the_step_written_without(tmp_path, policy, steps):
+    "The same draws give the same texts, and so the same weights, also where a manager is kept from step to step."
+    def go(engine):
+        backbones = {a: reader(i) for i, a in enumerate(AGENTS)} if policy == "separate" else reader()
+        team = make_team(backbones, policy, r=4, **{a: dict(max_new_tokens=6) for a in AGENTS})
+        trainer = CoMAMTrainer(team, [example_episode()] * 2, wordy, settings(
+            tmp_path, max_steps=steps, engine=engine, engine_memory=0.01, learning_rate=0.5, optim="sgd"))
+        opened, start, close = [], weights_of(trainer), trainer.joint.close
+        trainer.joint.close = lambda: opened.extend(e for _, e in trainer.joint.engines.values() if e) or \
+            opened.extend(len(e.managers) for e in opened[:]) or close()
+        trainer.train()
+        assert all(a.policy.writer is None for a in team.values()) and not trainer.joint.engines
+        assert any((v - start[k]).abs().max() > 1e-3 for k, v in weights_of(trainer).items())
+        return weights_of(trainer), [t[a].action_ids for g in trainer.last_groups for t in g for a in AGENTS], opened
+    plain, texts, none = go("own")
+    written, found, opened = go("continuous")
+    assert found == texts and not none
+    assert opened[len(opened) // 2:] == {"adapters": [3], "shared": [1], "separate": [1, 1, 1]}[policy]
+    for k in plain: torch.testing.assert_close(written[k], plain[k], rtol=1e-4, atol=1e-5, msg=k)
+
+def weights_of(trainer):
+    return {k: v.clone() for k, v in trainer.model.state_dict().items()}

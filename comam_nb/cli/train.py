@@ -57,6 +57,9 @@ def add_train(
     p.add_argument("--sampling", choices=("per_group", "stream"), help="per_group: the same texts with any number of "
                    "processes; stream: from torch's generator (default: stream with one process, per_group with "
                    "several)")
+    p.add_argument("--engine", choices=("auto", "own", "continuous"), default="auto", help="who writes the rollouts: "
+                   "the package, or transformers' continuous batching (default auto: the package on a CPU, continuous "
+                   "batching on a CUDA card)")
     p.add_argument("--micro-batches", type=int, default=1, help="passes per agent and step, to save memory (default 1)")
     p.add_argument("--save-steps", type=int, default=0,
                    help="write a checkpoint every so many steps (default: only when "
@@ -155,7 +158,8 @@ def _joint_config(args, out:Path)->"CoMAMConfig":
         num_generations=args.group_size, max_completion_length=args.max_new_tokens, temperature=args.temperature,
         learning_rate=args.lr, lr_scheduler_type="linear", micro_batches_per_agent=args.micro_batches,
         credit=args.credit, credit_temperature=args.credit_temperature, credit_rescale=args.rescale,
-        credit_rule=args.rule, seed=args.seed, sampling=args.sampling, disable_tqdm=True,
+        credit_rule=args.rule, seed=args.seed, sampling=args.sampling, engine=args.engine,
+        disable_tqdm=True,
         use_cpu=pick_device(args.device).type == "cpu", run_on=args.device,
         save_strategy="steps" if args.save_steps else "no", save_steps=args.save_steps or 500, save_total_limit=2)
 

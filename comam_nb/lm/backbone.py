@@ -43,7 +43,8 @@ def _pick_dtype(device, dtype=None):
 class Backbone:
     """A causal language model, its tokenizer and its named LoRA adapters.
 
-    `writer` writes in the model's place, (rows of prompt ids, G, tokens at most) -> ids of each row: vLLM does.
+    `writer` writes in the model's place, (P rows of prompt ids, G, tokens at most, temperature, top_p, draws) -> ids of
+    P x G texts, or None for what it leaves to the model: an engine does, see `make_engine`.
     `reader` reads prompts before they are sampled from, (distinct rows of ids, tokens to come) -> a `Reading` or None:
     a trainer does, which needs the same prompts again. Both are set by the trainer.
     """
@@ -53,7 +54,7 @@ class Backbone:
     name:str="" # where it came from
     stop:str="" # a completion ends behind this text, too
     context:int=0 # tokens to use at most, prompt and completion together; 0 for all that the model takes
-    writer:Callable[[list, int, int], list]|None=None # see above
+    writer:Callable[..., list|None]|None=None # see above
     reader:Callable[[list, int], Any]|None=None # see above
     template_args:dict[str, Any]=field(default_factory=dict) # for the chat template
 

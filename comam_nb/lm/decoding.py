@@ -287,9 +287,8 @@ def sample_rows(
         raise BackboneError(f"a prompt has {longest} tokens and the completion needs {max_new_tokens}, but "
                             f"{backbone.name or 'the model'} takes {takes}")
     use_adapter(backbone.model, adapter)
-    if backbone.writer and temperature > 0:
-        ids = backbone.writer([r for r in prompts for _ in range(G)], G, max_new_tokens)
-        return _samples(backbone, prompts, [_cut(w, backbone) for w in ids], G)
+    ids = backbone.writer(prompts, G, max_new_tokens, temperature, top_p, draws) if backbone.writer else None
+    if ids is not None: return _samples(backbone, prompts, [_cut(w, backbone) for w in ids], G)
     order, step = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), max(1, batch_size // G)
     shared, reading = shared_prefix and top_p >= 1, None
     out:dict[int, list[Sample]] = {}

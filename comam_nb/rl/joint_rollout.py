@@ -17,6 +17,7 @@ from ..base.errors import CreditError
 from ..credit import Credit, assign
 from ..data import Episode
 from ..lm.backbone import Backbone
+from ..lm.engines import make_engine
 from ..mdp import AGENTS, Trajectory, Transition, rollout
 from .settings import CoMAMConfig
 from .team import Team
@@ -59,16 +60,13 @@ class Rollouts:
 
 # %% ../../nbs/source/rl/05_joint_rollout.ipynb #b8c91c97
 @contextmanager
-def _written_by(engine: object | None, policies: Sequence[Backbone]) -> Iterator[None]:
-    "Inside, an engine such as TRL's `VLLMGeneration` writes in the policies' place; None: they write themselves."
-    def write(rows, G, tokens):
-        engine.sync_weights() # those of the agent whose turn it is
-        return [tuple(ids[:tokens]) for ids in engine.generate(rows, None, G)[1]]
+def _written_by(writers: Sequence[tuple[Backbone, Callable | None]]) -> Iterator[None]:
+    "Inside, engines write in these policies' place; a policy without one writes itself."
     try:
-        for p in policies if engine is not None else (): p.writer = write
+        for policy, engine in writers: policy.writer = engine
         yield
     finally:
-        for p in policies: p.writer = None
+        for policy, _ in writers: policy.writer = None
 
 # %% ../../nbs/source/rl/05_joint_rollout.ipynb #9585898a
 class JointRollout:
@@ -85,6 +83,7 @@ class JointRollout:
         if not episodes: raise CreditError("no episodes to train on")
         self.team, self.episodes, self.rewards, self.args = team, list(episodes), rewards, args
         self.scheme, self.sampler, self.intervene = credit or args.credit, sampler, intervene
+        self.engines:dict[int, tuple[Backbone, Callable|None]] = {} # by policy
         assign(torch.zeros(1, 3, 2), torch.zeros(1, 2), self.scheme) # what cannot work fails now, not in step 1
 
     def __call__(self,
@@ -102,11 +101,24 @@ class JointRollout:
         numbers = chosen[place * E:(place + 1) * E] if chosen else [json.loads(x)["episode"] for x in labels[:E * G:G]]
         seeds = [(a.seed, step, place * E + e) for e in range(E)] if a.sampling == "per_group" else None
         at_once = max(a.per_device_train_batch_size, G)
-        policies = [self.team[n].policy for n in a.trained_agents if engine]
-        with _written_by(engine, policies):
+        with _written_by(self._writers(engine)):
             groups = rollout(self.team, [self.episodes[n] for n in numbers], G, a.temperature, self.intervene,
                              at_once, seeds)
             local, answers = self.rewards(groups)
         credit = assign(local, answers, self.scheme, a.credit_temperature, a.credit_rescale, a.credit_rule)
         if self.sampler: self.sampler.update(chosen, gather(credit.rewards)[:, trained].std(-1).mean(-1).tolist())
         return Rollouts(groups, torch.as_tensor(local), torch.as_tensor(answers), credit)
+
+    def _writers(self, vllm):
+        "Each policy with what writes in its place."
+        a, names = self.args, self.args.trained_agents if vllm else list(self.team)
+        for p in (self.team[name].policy for name in names):
+            if isinstance(p, Backbone) and id(p) not in self.engines:
+                self.engines[id(p)] = p, make_engine(a.engine, p, a.engine_memory, a.engine_graphs, vllm)
+        return list(self.engines.values())
+
+    def close(self)->None:
+        "Give back what engines have taken."
+        for _, engine in self.engines.values():
+            if engine: engine.close()
+        self.engines.clear()

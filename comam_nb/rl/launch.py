@@ -9,6 +9,7 @@ __all__ = ['LostProcess', 'running', 'check_run', 'settle', 'whole_weights']
 import os, re, signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from transformers import Trainer
@@ -19,6 +20,7 @@ from ..base.errors import BackboneError, CreditError
 from ..base.files import last_checkpoint
 from ..lm.backbone import Backbone
 from ..lm.cpu_kernels import keep_freed_memory
+from ..lm.engines import make_engine
 from ..mdp import AGENTS
 from .settings import CoMAMConfig
 from .team import Team
@@ -68,6 +70,9 @@ def check_run(
     model = team.module(args.trained_agents)
     if args.use_vllm and team.several:
         raise CreditError("vLLM holds one model: put the trained agents on one, or leave use_vllm")
+    if args.use_vllm: _vllm_takes_adapters(getattr(model, "peft_config", {}), args)
+    for a in team.values():
+        if isinstance(a.policy, Backbone): make_engine(args.engine, a.policy, args.engine_memory) # or says why not
     for n in args.trained_agents:
         at = next(team[n].policy.model.parameters()).device
         if at.type == "cuda" == args.device.type and at.index != args.device.index:
@@ -76,6 +81,20 @@ def check_run(
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     if args.use_cpu: keep_freed_memory()
     return model
+
+def _vllm_takes_adapters(adapters, args: CoMAMConfig) -> None:
+    "Have TRL start vLLM so that it takes adapters beside its weights, for a model that has some."
+    from trl.generation import vllm_generation as trl
+    other = args.vllm_mode != "colocate" or args.vllm_tensor_parallel_size > 1 or args.vllm_enable_sleep_mode
+    if adapters and other:
+        raise CreditError("adapters reach vLLM in the run's own process alone: take vllm_mode=\"colocate\", "
+                          "vllm_tensor_parallel_size=1 and vllm_enable_sleep_mode=False")
+    start = getattr(trl, "LLM", None)
+    start = getattr(start, "func", start) # what an earlier run has changed
+    if start is None: return # vLLM is not installed, as TRL will say
+    rank = max((c.r for c in adapters.values()), default=1)
+    most = next((r for r in (8, 16, 32, 64, 128, 256) if r >= rank), rank) # the ranks that vLLM knows
+    trl.LLM = partial(start, enable_lora=True, max_lora_rank=most) if adapters else start
 
 def settle(
     trainer:Trainer, # just built
@@ -88,7 +107,13 @@ def settle(
        (trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3):
         raise CreditError("FSDP 1 and ZeRO-3 share the weights out in a way that rollouts cannot undo: use "
                           "fsdp_version: 2, or ZeRO-2 (see configs/)")
-    if trainer.is_fsdp_enabled: args.shared_prefix = False # all processes must take the same way through the model
+    if trainer.is_fsdp_enabled:
+        if args.engine == "continuous":
+            raise CreditError("engine=\"continuous\" does not know weights that FSDP shares out: take engine=\"own\"")
+        args.shared_prefix, args.engine = False, "own" # all processes must take the same way through the model
+    vllm = getattr(trainer, "vllm_generation", None)
+    if vllm is not None and hasattr(trainer.model, "peft_config"):
+        vllm.sync_weights = lambda: None # TRL would send the base with one adapter merged into it, every step
     trainer.mask_truncated_completions = False # TRL takes a stop text for a cut; the rollout says what was cut
     trainer.remove_callback(PrinterCallback) # prints every log line whole
     if not team.several: return

@@ -72,6 +72,9 @@ class CoMAMConfig(GRPOConfig):
     micro_batches_per_agent:int = 1 # split an agent's E x G rows into this many passes, to save memory
     clip:str = "per_agent" # whose gradient max_grad_norm limits: per_agent or together
     sampling:str|None = None # per_group: draws depend on seed, step and place alone; stream: torch's generator
+    engine:str = "auto" # who writes: own, continuous, or what is expected to be faster on the device at hand
+    engine_memory:float|None = None # for continuous: share of the free memory for an adapter's texts, see `make_engine`
+    engine_graphs:bool|None = None # for continuous: CUDA graphs; None: on a card
     run_on:str|None = None # the torch device of a single process, such as cuda:1; None: the first card
     credit:str = "adaptive" # credit scheme: adaptive, equal, local, global
     credit_temperature:float = 1.0 # softmax temperature of the adaptive weights; 1 is Eq. 14
@@ -128,16 +131,21 @@ def _check_choices(c: CoMAMConfig) -> None:
     if c.num_generations < 2:
         raise CreditError("group size 1: GRPO and the credit compare the rollouts of a group; "
                           "take num_generations of at least 2")
-    for name, choices in (("sampling", (None, "per_group", "stream")), ("clip", ("per_agent", "together"))):
+    for name, choices in (("sampling", (None, "per_group", "stream")), ("clip", ("per_agent", "together")),
+                          ("engine", ("auto", "own", "continuous"))):
         if getattr(c, name) not in choices:
             raise CreditError(f"unknown {name} {getattr(c, name)!r}: use {' or '.join(filter(None, choices))}")
+    if c.use_vllm and (c.engine == "continuous" or c.sampling == "per_group"):
+        setting = "engine=\"continuous\": take one of the two" if c.engine == "continuous" else \
+            "sampling=\"per_group\": vLLM draws its numbers itself; take sampling=\"stream\", or another engine"
+        raise CreditError(f"use_vllm does not go with {setting}")
 
 def _fill(c: CoMAMConfig) -> None:
     "What was left open."
     from accelerate import PartialState
     if c.run_on and torch.device(c.run_on).type == "cpu": c.use_cpu = True
     world, cpu = PartialState(cpu=c.use_cpu).num_processes, c.use_cpu or not torch.cuda.is_available()
-    if c.sampling is None: c.sampling = "per_group" if world > 1 else "stream"
+    if c.sampling is None: c.sampling = "per_group" if world > 1 and not c.use_vllm else "stream"
     if world > 1 and c.ddp_find_unused_parameters is None:
         c.ddp_find_unused_parameters = True # a pass uses one adapter of three
     if world > 1 and c.ddp_broadcast_buffers is None:
