@@ -174,12 +174,18 @@ def _save_plots(run):
     plot_rewards(metrics).figure.savefig(run.folder / "rewards.png", dpi=120)
     plot_weights(metrics).figure.savefig(run.folder / "weights.png", dpi=120)
 
+def _intervals(scores)->dict[str, dict[str, float]]:
+    "Of each metric, mean and interval."
+    from dataclasses import asdict
+    from comam_nb.base.statistics import bootstrap
+    return {m: asdict(bootstrap(v)) for m, v in scores.items()}
+
 def _train_in(run:Run, args):
     "Train in a run's folder, and say what came of it."
     import torch
     from accelerate import PartialState
     from comam_nb.lm.backbone import pick_device
-    from comam_nb.rl.evaluation import before_after, summarize
+    from comam_nb.rl.evaluation import before_after
     from comam_nb.runs.training import train_run
     began, out, device = time.time(), run.folder, pick_device(args.device)
     settings = {k: v for k, v in vars(args).items() if k != "run"} | {"device_type": device.type}
@@ -206,8 +212,8 @@ def _train_in(run:Run, args):
     if not any((out / "checkpoints").iterdir()): (out / "checkpoints").rmdir()
     _save_plots(run)
     seconds = round(time.time() - began, 1)
-    start = {"base": summarize(base)} if base else {}
-    run.finish({**start, "before": summarize(before), "after": summarize(after), "steps": args.steps,
+    start = {"base": _intervals(base)} if base else {}
+    run.finish({**start, "before": _intervals(before), "after": _intervals(after), "steps": args.steps,
                 "seconds": seconds,
                 "seed": args.seed})
     kind = "held-out" if split.validation else "training (nothing is held out)"
