@@ -8,6 +8,7 @@ __all__ = ['Sample', 'own_draws', 'can_share', 'say_simple', 'additive_mask', 'R
 
 # %% ../../nbs/source/lm/04_decoding.ipynb #f89d730a
 import copy, math, warnings
+from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -49,10 +50,25 @@ def _cut_at_end(row, eos_ids):
 def _cut_at_stop(row, stop, decode):
     "Drop what stands behind a stop text: the ids up to and including the one that completes it."
     if not stop or stop not in decode(row): return row
-    return next(row[:n] for n in range(1, len(row) + 1) if stop in decode(row[:n]))
+    return row[:1 + bisect_left(range(1, len(row) + 1), True, key=lambda n: stop in decode(row[:n]))]
 
 def _cut(row, backbone):
     return _cut_at_stop(_cut_at_end(row, backbone.eos_ids), backbone.stop, backbone.tokenizer.decode)
+
+# %% ../../nbs/source/lm/04_decoding.ipynb #16283ad3
+def _may_complete(backbone, token):
+    "Whether a token can be the last of a stop text: it holds its last character, or a part of a character."
+    known = backbone.__dict__.setdefault("_completing", {}).setdefault(backbone.stop, {})
+    if token not in known:
+        text, last = backbone.tokenizer.decode([token]), backbone.stop[-1]
+        known[token] = last in text or last == " " or "\ufffd" in text # tokens may be joined by a space
+    return known[token]
+
+def _says_stop(backbone, row):
+    "Whether the last token of a row of ids has completed the backbone's stop text."
+    stop, decode = backbone.stop, backbone.tokenizer.decode
+    if not stop or not _may_complete(backbone, row[-1]): return False
+    return stop in decode(row[-len(stop.encode()) - 8:]) and stop in decode(row)
 
 # %% ../../nbs/source/lm/04_decoding.ipynb #3faf2f50
 def own_draws(
@@ -246,7 +262,7 @@ def _generate_shared(backbone, rows, G, temperature, max_new_tokens, draws=None,
     device, stop = backbone.device, backbone.stop
     places, end = order.argsort(), torch.tensor(backbone.eos_ids, dtype=torch.long, device=device)
     done, written = torch.zeros(len(order), dtype=torch.bool, device=device), []
-    texts = [[] for _ in range(len(order))] # ids again, as lists: only where a stop text must be looked for
+    texts, still, ends = [[] for _ in places], list(range(len(places))), backbone.eos_ids # for a stop text, on the host
     for step in range(max_new_tokens):
         if temperature == 0: token = logits.argmax(-1)
         elif draws is not None: token = _pick(logits, draws[:, step], temperature)
@@ -255,9 +271,10 @@ def _generate_shared(backbone, rows, G, temperature, max_new_tokens, draws=None,
         done |= torch.isin(token, end)
         if stop:
             for text, t in zip(texts, written[-1].tolist()): text.append(t)
-            open_rows = zip(done.tolist(), texts)
-            done |= torch.tensor([not d and stop in backbone.tokenizer.decode(t) for d, t in open_rows], device=device)
-        if done.all() or step == max_new_tokens - 1: break
+            said = [i for i in still if _says_stop(backbone, texts[i])]
+            still = [i for i in still if i not in said and texts[i][-1] not in ends]
+            if said: done[said] = True
+        if (not still if stop else done.all()) or step == max_new_tokens - 1: break
         mask, at = torch.cat([mask, own], -1), at + 1
         out = backbone.model(input_ids=written[-1][order].view(at.shape), attention_mask=mask, position_ids=at,
                              past_key_values=cache, use_cache=True)
@@ -420,10 +437,9 @@ def _write_many(backbone, rows, max_new_tokens, slots=16, room=256):
     "Greedy ids for prompts of unequal length, its adapter active; None where the model's cache is of another kind."
     from transformers.cache_utils import DynamicLayer
     b, todo = _Batch(backbone, rows, min(slots, len(rows)), room), sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    stop, decode = backbone.stop, backbone.tokenizer.decode
     def ended(i):
         w = b.written[i]
-        return len(w) >= max_new_tokens or w[-1] in backbone.eos_ids or bool(stop) and stop in decode(w)
+        return len(w) >= max_new_tokens or w[-1] in backbone.eos_ids or _says_stop(backbone, w)
     def fill(s): # the next text that does not end at once, into place s; the longest is popped first
         while todo:
             layers = b.read(i := todo.pop())
