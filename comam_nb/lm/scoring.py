@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from os.path import commonprefix
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from .backbone import Backbone
+from ..base.errors import BackboneError
+from .backbone import Backbone, prompt_ids
 from .cpu_kernels import attention_in_parts, selective_log_softmax
-from .decoding import Reading, additive_mask, read_prompts
-from .lora import use_adapter
+from .decoding import Reading, additive_mask, can_share, read_prompts
+from .lora import eval_mode, use_adapter, without_adapters
 
 # %% ../../nbs/source/lm/05_scoring.ipynb #8a668d55
 def token_logprobs(
@@ -66,47 +68,61 @@ def _in_rows(packs, completions, many):
 
 # %% ../../nbs/source/lm/05_scoring.ipynb #4f699615
 def _layout(packs, completions, C):
-    """ids, positions, segment [B, P + behind]; start [N] in [B x (behind + 1)]; targets and real [N, T]; P.
+    """text [3, B, P + behind]: ids, positions, segment; mine [4, N, T]: where in [B x (behind + 1)] a token stands, and
+    what predicts it, its id, whether it is real; P.
 
     The first C ids of every prompt are left out."""
-    N, T = len(completions), max(map(len, completions))
-    P = max(len(p) for p, _ in packs) - C
+    P, T = max(len(p) for p, _ in packs) - C, max(map(len, completions))
     behind = max(sum(len(completions[i]) for i in rows) for _, rows in packs)
-    ids, positions, segment = (torch.full((len(packs), P + behind), v) for v in (0, 0, -1))
-    start, targets = torch.zeros(N, dtype=torch.long), torch.zeros(N, T, dtype=torch.long)
+    text, mine = np.zeros((3, len(packs), P + behind), np.int64), np.zeros((4, len(completions), T), np.int64)
+    text[2] = -1
     for b, (prompt, rows) in enumerate(packs):
-        n, at = len(prompt) - C, P
-        own = slice(P - n, P)
-        ids[b, own], positions[b, own], segment[b, own] = torch.tensor(prompt[C:]), torch.arange(C, C + n), 0
+        n, at, first = len(prompt) - C, P, b * (behind + 1) # `first` is the prompt's last token
+        text[:, b, P - n:P] = prompt[C:], range(C, C + n), [0] * n
         for k, i in enumerate(rows, 1):
-            t = len(completions[i])
-            own, after = slice(at, at + t), torch.arange(C + n, C + n + t)
-            ids[b, own], positions[b, own], segment[b, own] = torch.tensor(completions[i]), after, k
-            targets[i, :t], start[i] = ids[b, own], b * (behind + 1) + at - P + 1 # column 0 is the prompt's last token
+            t, own = len(completions[i]), first + at - P + 1
+            text[:, b, at:at + t] = completions[i], range(C + n, C + n + t), [k] * t
+            mine[:, i, :t] = range(own, own + t), [first, *range(own, own + t - 1)], completions[i], [1] * t
             at += t
-    real = torch.arange(T)[None] < torch.tensor([len(c) for c in completions])[:, None]
-    return ids, positions, segment, start, targets, real, P
+    return text, mine, P
 
 # %% ../../nbs/source/lm/05_scoring.ipynb #78082953
-def _pass(model, reading, packs, completions):
-    """The completions' pass behind a reading: logits [B, behind + 1, V] from the prompts' last tokens on; where in
-    [B x (behind + 1)] completions stand, own [N, T], and begin, start [N]; targets and real [N, T]."""
+def _pass(model, reading, layout, keep=None, window=0):
+    """The completions' pass behind a reading: logits [B, behind + 1, V] from the prompts' last tokens on, or of the
+    columns `keep` among those; and `mine` on the model's device."""
     param, cache, C, read = next(model.parameters()), reading.cache, reading.C, reading.rest
-    *tensors, P = _layout(packs, completions, C)
-    ids, positions, segment, start, targets, real = (x.to(param.device) for x in tensors)
-    own = (start[:, None] + torch.arange(real.size(1), device=real.device)).where(real, 0)
-    seen = torch.cat([segment.new_zeros(len(ids), C), segment], 1) >= 0 # [B, C + L], not padding
-    q, k = segment[:, read:, None], torch.nn.functional.pad(segment, (C, 0))[:, None, :]
-    column = torch.arange(segment.size(1) + C, device=ids.device)
-    seen_by = ((k == 0) | (k == q)) & seen[:, None, :] & (column[read + C:, None] >= column) # block-causal
-    mask = additive_mask(seen_by, param.dtype)[:, None] # [B, 1, L - read, C + L]
-    parts = nullcontext()
+    text, mine, P = layout
+    whole, (_, B, L) = (text[2, :, :P] >= 0).all(), text.shape
+    (ids, positions, segment), mine = (torch.from_numpy(x).to(param.device) for x in (text, mine))
+    seen = torch.nn.functional.pad(segment, (C, 0))[:, None, :] # of [B, C + L]; the common beginning is the prompt's
+    column = torch.arange(C + L, device=ids.device)
+    seen_by = ((seen == 0) | (seen == segment[:, read:, None]) & (seen > 0)) & (column[read + C:, None] >= column)
+    mask = additive_mask(seen_by, param.dtype)[:, None] # [B, 1, L - read, C + L], block-causal
+    masks, parts = mask, nullcontext()
+    if window: # nothing was read before: C and read are 0
+        near = positions[:, :, None] - positions[:, None, :] < window
+        masks = additive_mask(seen_by & near, param.dtype)[:, None]
+        if getattr(_config(model), "layer_types", None): masks = {"full_attention": mask, "sliding_attention": masks}
     if cache is not None and read == P - 1: # the prompt's last token sees it whole, as its completions do
-        parts = attention_in_parts(model, C + P, own, real, None if seen[:, :C + P].all() else mask[:, :, :1, :C + P])
+        own, real = mine[0], mine[3].bool()
+        parts = attention_in_parts(model, C + P, own, real, None if whole else mask[:, :, :1, :C + P])
+    kept = L - P + 1
+    if keep is not None: keep = torch.from_numpy(keep + (L - read - kept)).to(param.device)
     with parts:
-        out = model(input_ids=ids[:, read:], attention_mask=mask, position_ids=positions[:, read:],
-                    past_key_values=cache, use_cache=cache is not None, logits_to_keep=segment.size(1) - P + 1)
-    return out.logits, own, start, targets, real
+        out = model(input_ids=ids[:, read:], attention_mask=masks, position_ids=positions[:, read:],
+                    past_key_values=cache, use_cache=cache is not None, logits_to_keep=kept if keep is None else keep)
+    return out.logits, mine
+
+def _config(model): return getattr(model, "module", model).config # also behind what averages gradients
+
+def _window(model, longest):
+    "The window that needs masks of its own, 0 for none. Raises `BackboneError` where a prompt cannot be shared."
+    config = _config(model)
+    if can_share(config, longest): return 0
+    if can_share(config, longest, masks=True): return config.sliding_window
+    raise BackboneError(f"this {config.model_type} model cannot share a prompt of {longest} tokens with its completion: "
+                        "that needs attention in every layer, by sdpa or eager, and no window shorter than the text; "
+                        "use token_logprobs, which scores each completion by itself")
 
 # %% ../../nbs/source/lm/05_scoring.ipynb #c9168e1b
 def shared_logprobs(
@@ -114,31 +130,30 @@ def shared_logprobs(
     prompts:Sequence[Sequence[int]], # N rows of prompt ids
     completions:Sequence[Sequence[int]], # N rows of completion ids, none empty
     temperature:float=1.0, # divide the logits by it
-    long:int=512, # prompts of at least so many tokens get a pass of their own
+    long:int|None=None, # prompts of at least so many tokens get a pass of their own; None: see `read_prompts`
     many:int=1024, # up to so many tokens behind a prompt are one row
     reading:Reading|None=None, # of these prompts, same weights; it is used up. One of other prompts is left alone
 )->tuple[torch.Tensor, torch.Tensor]: # log-probs [N, T] (0 where padded), differentiable, and entropies [N, T]
     """As `token_logprobs`, every distinct prompt, and every distinct completion of it, computed once.
 
-    Exact where `can_share`."""
+    Raises `BackboneError` for a model for which that is not exact, see `can_share` with `masks`."""
     rows = list(zip(map(tuple, prompts), map(tuple, completions)))
     once = {r: i for i, r in enumerate(dict.fromkeys(rows))}
-    (prompts, completions), place = zip(*once), [once[r] for r in rows]
+    (prompts, completions), place = zip(*once), [once[r] for r in rows] if len(once) < len(rows) else slice(None)
+    window = _window(model, max(len(p) + len(c) for p, c in rows))
     whole = pack_rows(prompts, completions)[0]
     packs = _in_rows(whole, completions, many)
-    if 1 < len(whole) < len(packs): # several rows of several prompts: one prompt after the other
+    if 1 < len(whole) < len(packs) and not window: # several rows of several prompts: one prompt after the other
         score = lambda p, some: shared_logprobs(model, [p] * len(some), some, temperature, long, many)
         parts = [score(p, [completions[i] for i in mine]) for p, mine in whole]
         order, T = torch.tensor([i for _, mine in whole for i in mine]).argsort(), max(map(len, completions))
         join = lambda xs: torch.cat([torch.nn.functional.pad(x, (0, T - x.size(1))) for x in xs])[order][place]
         return join([logps for logps, _ in parts]), join([entropy for _, entropy in parts])
-    if reading and sorted(p for p, _ in packs) == sorted(reading.prompts): # in the reading's order
+    if window: reading = Reading(prompts, None, 0, 0) # a cache would forget what has left the window
+    elif reading and sorted(p for p, _ in packs) == sorted(reading.prompts): # in the reading's order
         places = {p: i for i, p in enumerate(reading.prompts)}
         packs = sorted(packs, key=lambda x: places[x[0]])
     else: reading = read_prompts(model, [p for p, _ in packs], long)
-    logits, own, start, targets, real = _pass(model, reading, packs, completions)
-    first = torch.arange(real.size(1), device=real.device) == 0 # the prompt's last token predicts it
-    width = logits.size(1)
-    at = torch.where(first, start[:, None] // width * width, own - 1).clamp(min=0) # [N, T] in [B x (behind + 1)]
+    logits, (_, at, targets, real) = _pass(model, reading, _layout(packs, completions, reading.C), window=window)
     logps, entropy = selective_log_softmax(logits.flatten(0, 1), at.flatten(), targets.flatten(), temperature)
     return (logps.view(at.shape) * real)[place], (entropy[at] * real)[place]
