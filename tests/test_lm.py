@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import comam_nb
 from comam_nb.base.errors import BackboneError
-from comam_nb.lm.backbone import Backbone, choice_probs, load_backbone, prompt_ids, template_length
+from comam_nb.lm.backbone import Backbone, load_backbone, prompt_ids, template_length
 from comam_nb.lm.cpu_kernels import use_kernels
 from comam_nb.lm.decoding import sample_each, sample_group, sample_rows
 from comam_nb.lm.lora import add_adapters, load_adapter, save_adapter, use_adapter
