@@ -85,24 +85,47 @@ class _AdaptedLinear(torch.autograd.Function):
         return dx, None, None, back.t() @ x, g.t() @ inner
 
 # %% ../../nbs/source/lm/02_cpu_kernels.ipynb #3b7ffe89
+class _Factors(torch.autograd.Function):
+    "An adapter's A of all layers, then its B with their scales, in the number types that are asked for."
+    @staticmethod
+    def forward(ctx, dtypes, scales, *factors): # dtypes of all, scales of the second half
+        ctx.dtypes, ctx.scales, half = [f.dtype for f in factors], scales, len(factors) // 2
+        ctx.set_materialize_grads(False)
+        made = [torch.empty_like(f, dtype=d) for f, d in zip(factors, dtypes)]
+        torch._foreach_copy_(made, [*factors[:half], *torch._foreach_mul(factors[half:], scales)])
+        return tuple(made)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads): # None for a layer that was not asked
+        half = len(grads) // 2
+        out = [None if g is None else torch.empty_like(g, dtype=d) for g, d in zip(grads, ctx.dtypes)]
+        there = [i for i, g in enumerate(grads) if g is not None]
+        torch._foreach_copy_([out[i] for i in there], [grads[i] for i in there])
+        late = [i for i in there if i >= half]
+        if late: torch._foreach_mul_([out[i] for i in late], [ctx.scales[i - half] for i in late])
+        return None, None, *out
+
 @contextmanager
 def direct_adapter(
     model:torch.nn.Module, # a PeftModel with LoRA adapters; any other model is left alone
 )->Iterator[None]:
     "Compute base and active adapter apart, as PEFT does, by the shortest way for a while."
     name, layers = _plain_lora(model)
-    linear = torch.nn.functional.linear
-    def forward(x, base, factors): # x [..., in]; factors: number type -> A [r, in], sB [out, r]; None is their own
+    linear, known = torch.nn.functional.linear, {} # (number type, with gradients) -> factors of all layers
+    factors = [l.lora_A[name].weight for l in layers] + [l.lora_B[name].weight for l in layers]
+    scales = [float(l.scaling[name]) for l in layers]
+    def forward(x, base, i): # x [..., in], of layer i; A [r, in], sB [out, r]
         where = x.device.type
         dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else None
-        if dtype not in factors: factors[dtype] = [f.to(dtype) for f in factors[None]]
-        A, B = factors[dtype]
+        made = known.get(key := (dtype, torch.is_grad_enabled()))
+        if made is None: made = known[key] = _Factors.apply([dtype or f.dtype for f in factors], scales, *factors)
+        A, B = made[i], made[i + len(layers)]
         if type(base) is torch.nn.Linear and base.weight.dtype == A.dtype and not base.weight.requires_grad:
             out = _AdaptedLinear.apply(x.to(A.dtype).flatten(0, -2), base.weight, base.bias, A, B)
             return out.unflatten(0, x.shape[:-1])
         return base(x).add_(linear(linear(x.to(A.dtype), A), B))
-    factors = lambda l: {None: [l.lora_A[name].weight, l.lora_B[name].weight * l.scaling[name]]}
-    with _instead({l: partial(forward, base=l.base_layer, factors=factors(l)) for l in layers if _on}): yield
+    with _instead({l: partial(forward, base=l.base_layer, i=i) for i, l in enumerate(layers) if _on}): yield
 
 # %% ../../nbs/source/lm/02_cpu_kernels.ipynb #2ff07cfe
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")) # names of layers that read the same rows
@@ -315,12 +338,14 @@ def attention_in_parts(
 
 # %% ../../nbs/source/lm/02_cpu_kernels.ipynb #684684e8
 _LARGE, _ROWS = 4096, 64 # a large vocabulary; rows at a time: in float32 their logits fit the cache of a processor
+_AT_ONCE = 2**27 # numbers at a time on a card: half a gigabyte in float32, and few launches
 
 def _pieces(logits, temperature):
     "(first row, some rows in float32, free to be written on)"
-    for i, z in enumerate(logits.split(_ROWS)):
+    many = _ROWS if on_cpu(logits.device) else max(1, _AT_ONCE // logits.size(-1))
+    for i, z in enumerate(logits.split(many)):
         z = z.to(torch.float32, copy=True)
-        yield i * _ROWS, z if temperature == 1 else z.div_(temperature)
+        yield i * many, z if temperature == 1 else z.div_(temperature)
 
 class _SelectiveLogSoftmax(torch.autograd.Function):
     "What `selective_log_softmax` does for a large vocabulary."
@@ -343,7 +368,8 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
         logits, at, tokens, total = ctx.saved_tensors
         share, out = torch.zeros_like(total).index_add_(0, at, g), torch.empty_like(logits)
         for i, z in _pieces(logits, ctx.temperature):
-            rows, mine = slice(i, i + len(z)), (at >= i) & (at < i + len(z))
+            rows, whole = slice(i, i + len(z)), len(z) == len(logits)
+            mine = slice(None) if whole else (at >= i) & (at < i + len(z)) # a mask is looked up on the host
             z.sub_(total[rows, None]).exp_().mul_(-share[rows, None])
             z.index_put_((at[mine] - i, tokens[mine]), g[mine], accumulate=True)
             out[rows] = z.div_(ctx.temperature)
