@@ -1,11 +1,12 @@
 """How often Python speaks to the processor: kernels and host syncs, counted on a CPU, for what a card would be asked.
 
-    python benchmarks/launches.py              # SmolLM2's shape, 30 layers, random weights: about 2 minutes on one core
-    python benchmarks/launches.py --layers 2   # seconds
+    python benchmarks/launches.py              # SmolLM2's layers, 30 of them, random weights: MINUTES
+    python benchmarks/launches.py --layers 2   # half a minute
     python benchmarks/launches.py --json launches.jsonl   # append the counts
 
 On a card a small model waits for Python, so its time follows these counts and not the arithmetic. They do not depend
-on the processor. Weights are bfloat16 under three LoRA adapters, as on a card.
+on the processor, and grow by the same number with every layer. Weights are bfloat16 under three LoRA adapters, as on a
+card; the vocabulary has 8,192 words instead of 49,152, which changes no count.
 
 A kernel is a call of an aten operator below autograd that computes, fills or copies something, forwards or backwards.
 Left out are views (`OpOverload.is_view`) and what only reserves or renames memory (NOT_KERNELS). A call that a card
@@ -15,13 +16,16 @@ and the optimiser (fused) count like any other. Autocast casts what it casts on 
 A sync is a place where Python waits for a number: `.item()`, `bool()`, `int()` and `float()` of a tensor
 (`_local_scalar_dense`), `.tolist()`, `.cpu()`, `.numpy()`, `nonzero`, `unique`, `masked_select`, `equal`, an index by a
 mask, and `repeat_interleave` by a tensor of counts without `output_size`. An upload is a tensor made of Python numbers
-(`torch.tensor`, seen as `lift_fresh`): on a card it is a copy from the host.
+(`torch.tensor`, seen as `lift_fresh`): on a card it is a copy from the host. What is copied with `.to(device)` cannot
+be seen on a CPU.
 
-Kernels that only a CPU has are switched off. `--kernels off` switches off `comam_nb.lm.cpu_kernels` altogether, with
-PEFT's own adapters; `--kernels on` counts what this CPU runs."""
+For a written token the counts of two lengths are subtracted, so that reading the prompt is not among them. Scoring is
+the first pass of a step, when no gradients are there to be added to. What only a CPU does is switched off. `--kernels
+off` switches off `comam_nb.lm.cpu_kernels` altogether: PEFT's own adapters. `--kernels on` counts what this CPU
+does."""
 import argparse, json, os, platform, tempfile, warnings
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 warnings.filterwarnings("ignore")
 os.environ.setdefault("HF_HUB_OFFLINE", "1"); os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -81,6 +85,8 @@ def make(layers, vocab=8192, hidden=576, heads=9, kv_heads=3, middle=1536):
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from comam_nb.lm.backbone import Backbone
     from comam_nb.lm.lora import add_adapters
+    class Endless(Backbone):
+        eos_ids = () # all write as many tokens as they may
     words = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(3, vocab))])}
     tok = Tokenizer(models.WordLevel(words, unk_token="<unk>")); tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tok = PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
@@ -90,47 +96,35 @@ def make(layers, vocab=8192, hidden=576, heads=9, kv_heads=3, middle=1536):
         vocab_size=vocab, hidden_size=hidden, intermediate_size=middle, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=8192, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=1, pad_token_id=0)).bfloat16().eval()
-    return Backbone(add_adapters(model, NAMES), tok, NAMES, "SmolLM2's shape")
-
-@contextmanager
-def endless(backbone, stop=""):
-    "All write as many tokens as they may; with a stop text that never comes."
-    backbone.stop, ends = stop, backbone.model.generation_config.eos_token_id
-    backbone.model.generation_config.eos_token_id, tok = [], backbone.tokenizer
-    eos, tok.eos_token = tok.eos_token, None
-    try: yield
-    finally: backbone.stop, backbone.model.generation_config.eos_token_id, tok.eos_token = "", ends, eos
+    model.generation_config.eos_token_id = None
+    return Endless(add_adapters(model, NAMES), tok, NAMES, "SmolLM2's shape")
 
 def writing(backbone, G, prompt, few, many):
-    "part -> counts for a written token: of a group, with a stop text, greedy; and of plain `generate`."
+    "part -> counts for a written token: of a group, with a stop text that never comes, greedy; of plain `generate`."
     from comam_nb.lm.decoding import sample_group
     from comam_nb.lm.lora import without_adapters
     text, ids = " ".join(["w9"] * prompt), torch.full((1, prompt), 9)
-    def write(T, **kw): sample_group(backbone, [text], max_new_tokens=T, adapter=NAMES[0], **dict(dict(G=G), **kw))
-    def plain(T, **kw):
-        backbone.model.get_base_model().generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=T,
-                                                 min_new_tokens=0, pad_token_id=0, top_k=0, **kw)
-    found = {}
-    with torch.no_grad(), endless(backbone):
-        with without_adapters(backbone.model):
-            found["token, plain generate, no adapter"] = per_token(
-                lambda T: plain(T, do_sample=True, num_return_sequences=G), few, many)
-        found["token, group"] = per_token(write, few, many)
-        found["token, greedy"] = per_token(lambda T: write(T, temperature=0.0, G=1), few, many)
-    with endless(backbone, "never said"):
-        found["token, group, stop text"] = per_token(write, few, many)
-    return found
+    def write(T, policy=backbone, **kw): sample_group(policy, [text], adapter=NAMES[0], max_new_tokens=T, **kw)
+    def plain(T): backbone.model.get_base_model().generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=T, pad_token_id=0, top_k=0, do_sample=True,
+        num_return_sequences=G)
+    stopping = replace(backbone, stop="never said")
+    with without_adapters(backbone.model):
+        found = {"token, plain generate, no adapter": per_token(plain, few, many)}
+    return found | {"token, group": per_token(lambda T: write(T, G=G), few, many),
+                    "token, group, stop text": per_token(lambda T: write(T, stopping, G=G), few, many),
+                    "token, greedy": per_token(lambda T: write(T, temperature=0.0), few, many)}
 
 def scoring(backbone, G, prompt, new):
     "Counts of one agent's log-probabilities in a step, forwards and backwards, as the trainer asks for them."
     from comam_nb.lm.cpu_kernels import direct_adapter
     from comam_nb.lm.scoring import shared_logprobs
-    prompts, completions = [tuple(range(3, 3 + prompt))] * G, torch.randint(3, 900, (G, new)).tolist()
+    words = len(backbone.tokenizer)
+    prompts, completions = [tuple(3 + i % (words - 3) for i in range(prompt))] * G, torch.randint(3, words, (G, new)).tolist()
     def score():
         with torch.autocast("cpu", torch.bfloat16), direct_adapter(backbone.model):
             logps, _ = shared_logprobs(backbone.model.get_base_model(), prompts, completions)
         logps.sum().backward()
-    score() # so that gradients are added to what is there, as in every pass but the first
     seen = count(score)
     backbone.model.zero_grad()
     return seen
@@ -163,10 +157,9 @@ def joint_step(backbone, E, G, prompt, new):
     for i, agent in enumerate(team.values()):
         agent.prompt = lambda state, i=i: " ".join(f"w{i + 3 + k % 50}" for k in range(prompt))
     rewards = lambda groups: (torch.rand(len(groups), 3, G), torch.rand(len(groups), G))
-    with tempfile.TemporaryDirectory() as folder, endless(backbone):
+    with tempfile.TemporaryDirectory() as folder:
         config = CoMAMConfig(folder, max_steps=2, episodes_per_step=E, num_generations=G, max_completion_length=new,
                              learning_rate=1e-5, bf16=True, use_cpu=True, disable_tqdm=True, keep_prompts=0)
-        team["extraction"].policy.tokenizer.eos_token = "<eos>" # TRL wants one
         CoMAMTrainer(team, [example_episode()] * E, rewards, config, callbacks=[Step()]).train()
     return seen[-1]
 
@@ -175,9 +168,7 @@ def measure(layers=30, E=2, G=4, prompt=64, new=8, few=4, many=20, kernels="card
     import transformers
     from comam_nb.lm.cpu_kernels import use_kernels
     transformers.utils.logging.set_verbosity_error()
-    with ExitStack() as ways:
-        if kernels == "off": ways.enter_context(use_kernels(False))
-        elif kernels == "card": ways.enter_context(AS_CARD())
+    with use_kernels(kernels != "off", cpu=kernels == "on"):
         backbone = make(layers, **shape)
         found = writing(backbone, G, prompt, few, many)
         scored = scoring(backbone, E * G, prompt, new)

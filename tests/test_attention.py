@@ -1,12 +1,15 @@
 "Attention in parts, and layers that are packed together: where they are used, where not, and what they leave behind."
 from functools import partial
+from types import SimpleNamespace
 
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from comam_nb.lm import cpu_kernels as kernels
 from comam_nb.lm.cpu_kernels import attention_in_parts, fast_writing, use_kernels
+from comam_nb.base.errors import BackboneError
+from comam_nb.lm.backbone import Backbone
 from comam_nb.lm.lora import add_adapters
-from comam_nb.lm.scoring import shared_logprobs
+from comam_nb.lm.scoring import shared_logprobs, token_logprobs
 
 SIZE = dict(vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
             head_dim=16,
@@ -58,6 +61,31 @@ def test_in_bfloat16_parts_are_as_near_to_the_truth_as_a_mask_is(monkeypatch):
     away = lambda grads: norm([a.float() - b for a, b in zip(grads, truth)]) / norm(truth)
     assert (used, none) == (2, 0) and away(parts) < 1.25 * away(mask) < 0.2
     assert getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None) == before
+
+WINDOW = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gemma2", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("lengths", [(3, 4, 2), (30, 30, 30), (6, 40, 13)]) # under the window, over it, both
+def test_layers_with_a_window_see_what_they_see_without_sharing(family, lengths):
+    more = WINDOW | dict(use_sliding_window=True) if "qwen" in family else WINDOW
+    model = make(family, **more if family != "mistral" else dict(sliding_window=8))
+    prompts = [[3 + (i * k) % 30 for i in range(n)] for k, n in enumerate(lengths, 1) for _ in range(2)]
+    completions = [[5, 6], [8], [9, 10, 11], [12], [15, 16], [17] * (4 if max(lengths) < 8 else 20)]
+    naive, mask = token_logprobs(Backbone(model, SimpleNamespace(pad_token_id=0)), prompts, completions)
+    logps, gradients, _ = score(model, prompts=prompts, completions=completions)
+    assert (logps - naive).abs().max() <= 1e-5 * naive.abs().max()
+    direction = torch.linspace(-1, 1, logps.numel()).view(logps.shape)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad((naive * direction).sum(), weights, allow_unused=True)
+    for a, b in zip(gradients, expected): assert a is b is None or near(a, b)
+
+def test_a_window_that_is_not_known_is_refused_beyond_it_and_shared_below_it():
+    model = make("phi3", sliding_window=8)
+    short, _ = shared_logprobs(model, [[3, 4], [3, 4]], [[5, 6], [7]])
+    assert torch.allclose(short, token_logprobs(Backbone(model, SimpleNamespace(pad_token_id=0)), [[3, 4], [3, 4]],
+                                                [[5, 6], [7]])[0], atol=1e-5)
+    with pytest.raises(BackboneError, match="phi3 model cannot share a prompt of 9 tokens.*use token_logprobs"):
+        shared_logprobs(model, [[3, 4, 5, 6, 7, 8]] * 2, [[5, 6, 7], [7]])
 
 @pytest.mark.parametrize("why", ["eager", "dropout", "checkpointing"])
 def test_where_parts_are_not_possible_the_mask_stays(why, monkeypatch):
