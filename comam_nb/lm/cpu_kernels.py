@@ -106,30 +106,100 @@ class _Factors(torch.autograd.Function):
         if late: torch._foreach_mul_([out[i] for i in late], [ctx.scales[i - half] for i in late])
         return None, None, *out
 
+# %% ../../nbs/source/lm/02_cpu_kernels.ipynb #2fc95967
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")) # names of layers that read the same rows
+
+class _AdaptedTogether(torch.autograd.Function):
+    "What `_AdaptedLinear` computes, for layers that read the same rows."
+    @staticmethod
+    def forward(ctx, x, weight, B, bias, sizes, *factors): # x [N, in]; weight [out + R, in]; B [out, R]; all A, all sB
+        both = torch.nn.functional.linear(x, weight) # [N, out + R]
+        out, inner = both[:, :len(B)], both[:, len(B):]
+        out.addmm_(inner, B.t())
+        if bias is not None: out.add_(bias)
+        ctx.save_for_backward(x, inner, weight, B)
+        ctx.sizes, ctx.ranks = sizes, [len(A) for A in factors[:len(sizes)]]
+        return tuple(out.split(sizes, 1))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads): # [N, size] of each layer
+        x, inner, weight, B = ctx.saved_tensors
+        both = x.new_empty(len(x), len(weight))
+        g, back = both[:, :len(B)], both[:, len(B):]
+        torch.cat(grads, 1, out=g)
+        torch.mm(g, B, out=back)
+        dx = both @ weight if ctx.needs_input_grad[0] else None
+        dA, dB = (back.t() @ x).split(ctx.ranks), (g.t() @ inner).split(ctx.sizes)
+        dB = [b.split(ctx.ranks, 1)[i] for i, b in enumerate(dB)] # beside its block nothing is learned
+        return dx, None, None, None, None, *dA, *dB
+
+def _siblings(model, layers):
+    "These adapted layers in groups that read the same rows."
+    plain = lambda l: type(l.base_layer) is torch.nn.Linear and not l.base_layer.weight.requires_grad
+    groups = [[getattr(m, n, None) for n in names] for m in model.modules() for names in _SIBLINGS]
+    known = {l for l in layers if plain(l) and not hasattr(l.base_layer.weight, "full_tensor")} # FSDP has parts
+    alike = lambda g: len({(l.base_layer.bias is None, l.base_layer.weight.dtype) for l in g}) == 1
+    groups = [g for g in groups if known.issuperset(g) and alike(g)]
+    return groups + [[l] for l in layers if l in known and not any(l in g for g in groups)]
+
+@torch.no_grad()
+def _stacked(groups, made):
+    "For each group its weight, B and bias for `_AdaptedTogether`, all filled at once; made: layer -> (A, sB)."
+    out, to, of = [], [], []
+    room = sum(len(B) * len(A) for g in groups for _, B in (made[l] for l in g) for A, _ in (made[m] for m in g))
+    zeros = made[groups[0][0]][0].new_zeros(room)
+    for g in groups:
+        plain, (As, Bs) = [l.base_layer for l in g], zip(*(made[l] for l in g))
+        sizes, ranks = [len(B) for B in Bs], [len(A) for A in As]
+        weight = As[0].new_empty(sum(sizes) + sum(ranks), As[0].size(1))
+        B, zeros = zeros[:sum(sizes) * sum(ranks)].view(sum(sizes), -1), zeros[sum(sizes) * sum(ranks):]
+        bias = None if plain[0].bias is None else As[0].new_empty(sum(sizes))
+        to += [*weight.split([*sizes, *ranks]), *(b.split(ranks, 1)[i] for i, b in enumerate(B.split(sizes)))]
+        of += [*(m.weight for m in plain), *As, *Bs]
+        if bias is not None: to, of = to + list(bias.split(sizes)), of + [m.bias for m in plain]
+        out.append((weight, B, bias, sizes))
+    torch._foreach_copy_(to, of)
+    return out
+
+# %% ../../nbs/source/lm/02_cpu_kernels.ipynb #441aead6
 @contextmanager
 def direct_adapter(
     model:torch.nn.Module, # a PeftModel with LoRA adapters; any other model is left alone
 )->Iterator[None]:
     "Compute base and active adapter apart, as PEFT does, by the shortest way for a while."
     name, layers = _plain_lora(model)
-    linear, known = torch.nn.functional.linear, {} # (number type, with gradients) -> factors of all layers
+    linear, known = torch.nn.functional.linear, {} # (number type, with gradients) -> layer -> factors; stacks
     factors = [l.lora_A[name].weight for l in layers] + [l.lora_B[name].weight for l in layers]
-    scales = [float(l.scaling[name]) for l in layers]
-    def forward(x, base, i): # x [..., in], of layer i; A [r, in], sB [out, r]
-        where = x.device.type
+    groups = _siblings(model, layers) if layers and not on_cpu(factors[0].device) else []
+    place = {l: (n, i) for n, g in enumerate(groups) for i, l in enumerate(g)}
+    scales, held = [float(l.scaling[name]) for l in layers], [{} for _ in groups]
+    def ready(where):
         dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else None
-        made = known.get(key := (dtype, torch.is_grad_enabled()))
-        if made is None: made = known[key] = _Factors.apply([dtype or f.dtype for f in factors], scales, *factors)
-        A, B = made[i], made[i + len(layers)]
-        if type(base) is torch.nn.Linear and base.weight.dtype == A.dtype and not base.weight.requires_grad:
-            out = _AdaptedLinear.apply(x.to(A.dtype).flatten(0, -2), base.weight, base.bias, A, B)
+        if (key := (dtype, torch.is_grad_enabled())) not in known:
+            turned = _Factors.apply([dtype or f.dtype for f in factors], scales, *factors)
+            made = dict(zip(layers, zip(turned, turned[len(layers):])))
+            fit = all(l.base_layer.weight.dtype == made[l][0].dtype for g in groups for l in g)
+            known[key] = made, _stacked(groups, made) if groups and fit else None
+        return known[key]
+    def forward(x, layer): # x [..., in]; A [r, in], sB [out, r]
+        base, (made, stacks) = layer.base_layer, ready(x.device.type)
+        A, B = made[layer]
+        rows = lambda: x.to(A.dtype).flatten(0, -2) # [N, in]
+        if stacks and layer in place:
+            n, i = place[layer]
+            if held[n].get("x") is not x:
+                both = zip(*(made[l] for l in groups[n]))
+                held[n].update(x=x, outs=_AdaptedTogether.apply(rows(), *stacks[n], *(f for fs in both for f in fs)))
+            out = held[n]["outs"][i]
+            if i == len(groups[n]) - 1: held[n].clear()
             return out.unflatten(0, x.shape[:-1])
+        if type(base) is torch.nn.Linear and base.weight.dtype == A.dtype and not base.weight.requires_grad:
+            return _AdaptedLinear.apply(rows(), base.weight, base.bias, A, B).unflatten(0, x.shape[:-1])
         return base(x).add_(linear(linear(x.to(A.dtype), A), B))
-    with _instead({l: partial(forward, base=l.base_layer, i=i) for i, l in enumerate(layers) if _on}): yield
+    with _instead({l: partial(forward, layer=l) for l in layers if _on}): yield
 
 # %% ../../nbs/source/lm/02_cpu_kernels.ipynb #2ff07cfe
-_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")) # names of layers that read the same rows
-
 def _packed_product(x, weight, bias, A): # x [..., in]; weight [out, in], or with an adapter [out, in + r]
     x = x.to(torch.bfloat16)
     if A is not None:

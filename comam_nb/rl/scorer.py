@@ -110,7 +110,8 @@ class Scorer:
 
     def passes(self, batch:Mapping[str, torch.Tensor])->list[dict[str, torch.Tensor]]:
         "TRL's batch of all agents' rows as micro-batches, in the order of the agents."
-        size, texts = self.args.per_device_train_batch_size, [t for n in self.args.trained_agents for t in self.texts[n]]
+        size = self.args.per_device_train_batch_size
+        texts = [t for n in self.args.trained_agents for t in self.texts[n]]
         return [_agent_rows(batch, i, texts[i:i + size]) for i in range(0, len(texts), size)]
 
     def turn_to(self, i:int)->None:
