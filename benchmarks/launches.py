@@ -120,7 +120,8 @@ def scoring(backbone, G, prompt, new):
     from comam_nb.lm.cpu_kernels import direct_adapter
     from comam_nb.lm.scoring import shared_logprobs
     words = len(backbone.tokenizer)
-    prompts, completions = [tuple(3 + i % (words - 3) for i in range(prompt))] * G, torch.randint(3, words, (G, new)).tolist()
+    prompts = [tuple(3 + i % (words - 3) for i in range(prompt))] * G
+    completions = torch.randint(3, words, (G, new)).tolist()
     def score():
         with torch.autocast("cpu", torch.bfloat16), direct_adapter(backbone.model):
             logps, _ = shared_logprobs(backbone.model.get_base_model(), prompts, completions)
@@ -185,8 +186,9 @@ def processor():
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, value, says in (("--layers", 30, "of the model"), ("--E", 2, "episodes of a step"), ("--G", 4, "of a group"),
-                              ("--prompt", 64, "tokens of a prompt"), ("--new", 8, "tokens of a completion")):
+    for flag, value, says in (("--layers", 30, "of the model"), ("--E", 2, "episodes of a step"),
+                              ("--G", 4, "of a group"), ("--prompt", 64, "tokens of a prompt"),
+                              ("--new", 8, "tokens of a completion")):
         p.add_argument(flag, type=int, default=value, help=f"{says} (default {value})")
     p.add_argument("--kernels", choices=["card", "off", "on"], default="card", help="see above")
     p.add_argument("--ops", type=int, default=0, help="print this many of scoring's most frequent operators")

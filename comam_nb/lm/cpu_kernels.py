@@ -110,57 +110,129 @@ class _Factors(torch.autograd.Function):
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")) # names of layers that read the same rows
 
 class _AdaptedTogether(torch.autograd.Function):
-    "What `_AdaptedLinear` computes, for layers that read the same rows."
+    "What `_AdaptedLinear` computes, for K layers that read the same rows."
     @staticmethod
-    def forward(ctx, x, weight, B, bias, sizes, *factors): # x [N, in]; weight [out + R, in]; B [out, R]; all A, all sB
-        both = torch.nn.functional.linear(x, weight) # [N, out + R]
+    def forward(ctx, x, weight, B, bias, member, sizes, *factors): # x [N, in]; weight [out + K r, in]; B [out, K r];
+        both = torch.nn.functional.linear(x, weight) # [N, out + K r]      member [out]: whose row; factors: all A, all sB
         out, inner = both[:, :len(B)], both[:, len(B):]
         out.addmm_(inner, B.t())
         if bias is not None: out.add_(bias)
-        ctx.save_for_backward(x, inner, weight, B)
-        ctx.sizes, ctx.ranks = sizes, [len(A) for A in factors[:len(sizes)]]
+        ctx.save_for_backward(x, inner, weight, B, member)
+        ctx.sizes = sizes
         return tuple(out.split(sizes, 1))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads): # [N, size] of each layer
-        x, inner, weight, B = ctx.saved_tensors
+        (x, inner, weight, B, member), K = ctx.saved_tensors, len(ctx.sizes)
         both = x.new_empty(len(x), len(weight))
         g, back = both[:, :len(B)], both[:, len(B):]
         torch.cat(grads, 1, out=g)
         torch.mm(g, B, out=back)
         dx = both @ weight if ctx.needs_input_grad[0] else None
-        dA, dB = (back.t() @ x).split(ctx.ranks), (g.t() @ inner).split(ctx.sizes)
-        dB = [b.split(ctx.ranks, 1)[i] for i, b in enumerate(dB)] # beside its block nothing is learned
-        return dx, None, None, None, None, *dA, *dB
+        dB = g.t() @ inner # [out, K r]
+        if K > 1: # beside its block nothing is learned
+            dB = dB.unflatten(1, (K, -1))
+            dB = dB.gather(1, member[:, None, None].expand(-1, 1, dB.size(2)))[:, 0]
+        return dx, None, None, None, None, None, *(back.t() @ x).chunk(K), *dB.split(ctx.sizes)
 
-def _siblings(model, layers):
+# %% ../../nbs/source/lm/02_cpu_kernels.ipynb #615b161a
+def _siblings(model, layers, name):
     "These adapted layers in groups that read the same rows."
     plain = lambda l: type(l.base_layer) is torch.nn.Linear and not l.base_layer.weight.requires_grad
-    groups = [[getattr(m, n, None) for n in names] for m in model.modules() for names in _SIBLINGS]
     known = {l for l in layers if plain(l) and not hasattr(l.base_layer.weight, "full_tensor")} # FSDP has parts
-    alike = lambda g: len({(l.base_layer.bias is None, l.base_layer.weight.dtype) for l in g}) == 1
-    groups = [g for g in groups if known.issuperset(g) and alike(g)]
+    kind = lambda l: (l.base_layer.bias is None, l.base_layer.weight.dtype, l.lora_A[name].out_features)
+    groups = [[getattr(m, n, None) for n in names] for m in model.modules() for names in _SIBLINGS]
+    groups = [g for g in groups if known.issuperset(g) and len({kind(l) for l in g}) == 1]
     return groups + [[l] for l in layers if l in known and not any(l in g for g in groups)]
 
 @torch.no_grad()
 def _stacked(groups, made):
-    "For each group its weight, B and bias for `_AdaptedTogether`, all filled at once; made: layer -> (A, sB)."
-    out, to, of = [], [], []
-    room = sum(len(B) * len(A) for g in groups for _, B in (made[l] for l in g) for A, _ in (made[m] for m in g))
-    zeros = made[groups[0][0]][0].new_zeros(room)
-    for g in groups:
-        plain, (As, Bs) = [l.base_layer for l in g], zip(*(made[l] for l in g))
-        sizes, ranks = [len(B) for B in Bs], [len(A) for A in As]
-        weight = As[0].new_empty(sum(sizes) + sum(ranks), As[0].size(1))
-        B, zeros = zeros[:sum(sizes) * sum(ranks)].view(sum(sizes), -1), zeros[sum(sizes) * sum(ranks):]
-        bias = None if plain[0].bias is None else As[0].new_empty(sum(sizes))
-        to += [*weight.split([*sizes, *ranks]), *(b.split(ranks, 1)[i] for i, b in enumerate(B.split(sizes)))]
-        of += [*(m.weight for m in plain), *As, *Bs]
-        if bias is not None: to, of = to + list(bias.split(sizes)), of + [m.bias for m in plain]
-        out.append((weight, B, bias, sizes))
+    "For each group weight, B, bias, member and sizes for `_AdaptedTogether`; made: layer -> (A, sB)."
+    kinds, several, out, to, of = {}, [], [()] * len(groups), [], []
+    for n, g in enumerate(groups): kinds.setdefault((*(len(made[l][1]) for l in g), len(made[g[0]][0])), []).append(n)
+    for (*sizes, r), ns in kinds.items(): # groups of the same sizes and rank
+        like, K = made[groups[ns[0]][0]][0], len(sizes)
+        tall = like.new_empty(len(ns), sum(sizes), r) # each B below the one before
+        for B, n in zip(tall, ns):
+            plain, (As, Bs) = [l.base_layer for l in groups[n]], zip(*(made[l] for l in groups[n]))
+            weight = like.new_empty(sum(sizes) + K * r, As[0].size(1))
+            bias = None if plain[0].bias is None else like.new_empty(sum(sizes))
+            to += [*weight.split([*sizes, *[r] * K]), *B.split(sizes), *(() if bias is None else bias.split(sizes))]
+            of += [*(m.weight for m in plain), *As, *Bs, *(() if bias is None else (m.bias for m in plain))]
+            out[n] = weight, B, bias, None, sizes
+        member = [i for i, size in enumerate(sizes) for _ in range(size)]
+        if K > 1: several.append((ns, tall, torch.tensor(member, device=like.device)))
     torch._foreach_copy_(to, of)
+    for ns, tall, member in several:
+        blocks = member[:, None] == torch.arange(len(groups[ns[0]]), device=member.device) # [out, K]
+        for n, B in zip(ns, (tall[:, :, None] * blocks[:, :, None]).flatten(2)): # [groups, out, K r]
+            weight, _, bias, _, sizes = out[n]
+            out[n] = weight, B, bias, member, sizes
     return out
+
+# %% ../../nbs/source/lm/02_cpu_kernels.ipynb #4f1c01ef
+_FEW = ("llama", "mistral", "qwen2", "qwen3") # families with these norms and rotations
+
+class _Norm(torch.autograd.Function):
+    "w x / sqrt(mean of x^2 + eps) (RMSNorm, Zhang and Sennrich 2019), w frozen."
+    @staticmethod
+    def forward(ctx, x, weight, eps): # eps a number as a tensor
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        r = torch.addcmul(eps, size, size, value=1 / x.size(-1)).rsqrt_()
+        unit = torch.mul(x, r, out=torch.empty_like(x))
+        ctx.save_for_backward(unit, r, weight)
+        return weight * unit
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        unit, r, weight = ctx.saved_tensors
+        g = g * weight
+        along = (g * unit).sum(-1, keepdim=True, dtype=torch.float32)
+        dx = torch.addcmul(g, unit, along, value=-1 / g.size(-1))
+        return torch.mul(dx, r, out=torch.empty_like(g)), None, None
+
+def _turned(x, cos, sin, sign): # x [B, H, L, D]; the halves of D are the two sides of each plane
+    h, y = x.size(-1) // 2, x * cos
+    y[..., :h].addcmul_(x[..., h:], sin[..., :h] if sign > 0 else sin[..., h:], value=-sign)
+    y[..., h:].addcmul_(x[..., :h], sin[..., h:] if sign > 0 else sin[..., :h], value=sign)
+    return y
+
+class _Rotation(torch.autograd.Function):
+    "x cos + rotate_half(x) sin (RoPE, Su et al. 2021)."
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): return _turned(g, *ctx.saved_tensors, -1), None, None
+
+def _rotary(q, k, cos, sin, unsqueeze_dim=1):
+    "In place of the library's `apply_rotary_pos_emb`."
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
+
+@contextmanager
+def _few_launches(model):
+    "Norms and rotations with few launches for a while."
+    config, param = getattr(model, "config", None), next(model.parameters())
+    if not _on or on_cpu(param.device) or getattr(config, "model_type", "") not in _FEW:
+        yield
+        return
+    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm") and not m.weight.requires_grad]
+    eps = {n: torch.tensor(n, device=param.device) for n in {m.variance_epsilon for m in norms}}
+    norm = lambda x, m: _Norm.apply(x, m.weight, eps[m.variance_epsilon])
+    code = sys.modules[type(norms[0]).__module__] if norms else None
+    before = getattr(code, "apply_rotary_pos_emb", None)
+    with _instead({m: partial(norm, m=m) for m in norms}):
+        try:
+            if before: code.apply_rotary_pos_emb = _rotary
+            yield
+        finally:
+            if before: code.apply_rotary_pos_emb = before
 
 # %% ../../nbs/source/lm/02_cpu_kernels.ipynb #441aead6
 @contextmanager
@@ -171,7 +243,7 @@ def direct_adapter(
     name, layers = _plain_lora(model)
     linear, known = torch.nn.functional.linear, {} # (number type, with gradients) -> layer -> factors; stacks
     factors = [l.lora_A[name].weight for l in layers] + [l.lora_B[name].weight for l in layers]
-    groups = _siblings(model, layers) if layers and not on_cpu(factors[0].device) else []
+    groups = _siblings(model, layers, name) if layers and not on_cpu(factors[0].device) else []
     place = {l: (n, i) for n, g in enumerate(groups) for i, l in enumerate(g)}
     scales, held = [float(l.scaling[name]) for l in layers], [{} for _ in groups]
     def ready(where):
@@ -197,7 +269,8 @@ def direct_adapter(
         if type(base) is torch.nn.Linear and base.weight.dtype == A.dtype and not base.weight.requires_grad:
             return _AdaptedLinear.apply(rows(), base.weight, base.bias, A, B).unflatten(0, x.shape[:-1])
         return base(x).add_(linear(linear(x.to(A.dtype), A), B))
-    with _instead({l: partial(forward, layer=l) for l in layers if _on}): yield
+    few = _few_launches(model) if layers else nullcontext()
+    with few, _instead({l: partial(forward, layer=l) for l in layers if _on}): yield
 
 # %% ../../nbs/source/lm/02_cpu_kernels.ipynb #2ff07cfe
 def _packed_product(x, weight, bias, A): # x [..., in]; weight [out, in], or with an adapter [out, in + r]
