@@ -181,7 +181,7 @@ def _root(model, prompts):
     """Keys and values of what all prompts begin with, once per prompt, and its length;
     (None, 0) where that saves too little."""
     C, device = _common_prefix(prompts), next(model.parameters()).device
-    if C * (len(prompts) - 1) < (64 if on_cpu(device) else 8192): return None, 0 # tokens
+    if C * (len(prompts) - 1) < (64 if on_cpu(device) else 4096): return None, 0 # tokens
     first = torch.tensor([prompts[0][:C]], device=device)
     cache = model(input_ids=first, use_cache=True, logits_to_keep=1).past_key_values
     if not hasattr(cache, "batch_repeat_interleave"): return None, 0
@@ -191,13 +191,13 @@ def _root(model, prompts):
 def read_prompts(
     model:torch.nn.Module, # a causal LM for which `can_share` holds, its adapter active
     prompts:Sequence[tuple[int, ...]], # distinct
-    long:int|None=None, # shorter rests behind the common beginning are left to scoring; None: 512, on a card 8192
+    long:int|None=None, # shorter rests behind the common beginning are left to scoring; None: 512, on a card 2048
 )->Reading:
     "Read prompts once, for writing and for scoring."
     from transformers import PreTrainedModel
     cache, C = _root(model, prompts)
     rest = max(map(len, prompts)) - C - 1
-    if long is None: long = 512 if on_cpu(next(model.parameters()).device) else 8192
+    if long is None: long = 512 if on_cpu(next(model.parameters()).device) else 2048
     if rest < max(long, 1): return Reading(prompts, cache, C, 0)
     ids, mask = _pad_left([p[C:-1] for p in prompts], 0, next(model.parameters()).device)
     mask = torch.cat([mask.new_ones(len(ids), C), mask], 1) # [B, C + rest]

@@ -92,7 +92,7 @@ def _pass(model, reading, layout, keep=None, window=0):
     columns `keep` among those; and `mine` on the model's device."""
     param, cache, C, read = next(model.parameters()), reading.cache, reading.C, reading.rest
     text, mine, P = layout
-    whole, (_, B, L) = (text[2, :, :P] >= 0).all(), text.shape
+    whole, L = (text[2, :, :P] >= 0).all(), text.shape[2]
     (ids, positions, segment), mine = (torch.from_numpy(x).to(param.device) for x in (text, mine))
     seen = torch.nn.functional.pad(segment, (C, 0))[:, None, :] # of [B, C + L]; the common beginning is the prompt's
     column = torch.arange(C + L, device=ids.device)
