@@ -44,7 +44,8 @@ def windowed(window):
     torch.manual_seed(0)
     tok = words_tokenizer()
     config = Gemma3TextConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                              head_dim=8, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0,
+                              head_dim=8, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+                              pad_token_id=0,
                               layer_types=["sliding_attention", "full_attention"], sliding_window=window,
                               eos_token_id=1, bos_token_id=None, initializer_range=0.3, attn_implementation="sdpa")
     return Backbone(Gemma3ForCausalLM(config).eval(), tok, (), "windowed")

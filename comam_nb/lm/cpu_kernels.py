@@ -110,10 +110,11 @@ class _Factors(torch.autograd.Function):
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")) # names of layers that read the same rows
 
 class _AdaptedTogether(torch.autograd.Function):
-    "What `_AdaptedLinear` computes, for K layers that read the same rows."
+    """What `_AdaptedLinear` computes, for K layers that read the same rows. `member` says whose row of the output each
+    is; factors are all A, then all sB, for their gradients alone."""
     @staticmethod
-    def forward(ctx, x, weight, B, bias, member, sizes, *factors): # x [N, in]; weight [out + K r, in]; B [out, K r];
-        both = torch.nn.functional.linear(x, weight) # [N, out + K r]      member [out]: whose row; factors: all A, all sB
+    def forward(ctx, x, weight, B, bias, member, sizes, *factors): # x [N, in]; weight [out + K r, in]; B [out, K r]
+        both = torch.nn.functional.linear(x, weight) # [N, out + K r]
         out, inner = both[:, :len(B)], both[:, len(B):]
         out.addmm_(inner, B.t())
         if bias is not None: out.add_(bias)

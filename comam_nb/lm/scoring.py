@@ -121,8 +121,8 @@ def _window(model, longest):
     if can_share(config, longest): return 0
     if can_share(config, longest, masks=True): return config.sliding_window
     raise BackboneError(f"this {config.model_type} model cannot share a prompt with its completions, {longest} tokens "
-                        "together: that needs attention in every layer, by sdpa or eager, and no window shorter than the text; "
-                        "use token_logprobs, which scores each completion by itself")
+                        "together: that needs attention in every layer, by sdpa or eager, and no window shorter than "
+                        "the text; use token_logprobs, which scores each completion by itself")
 
 # %% ../../nbs/source/lm/05_scoring.ipynb #c9168e1b
 def shared_logprobs(
