@@ -1,11 +1,11 @@
 """How often Python speaks to the processor: kernels and host syncs, counted on a CPU, for what a card would be asked.
 
-    python benchmarks/launches.py              # SmolLM2's layers, 30 of them, random weights: MINUTES
-    python benchmarks/launches.py --layers 2   # half a minute
+    python benchmarks/launches.py              # SmolLM2's layers, 30 of them, random weights: about 3 minutes
     python benchmarks/launches.py --json launches.jsonl   # append the counts
 
 On a card a small model waits for Python, so its time follows these counts and not the arithmetic. They do not depend
-on the processor, and grow by the same number with every layer. Weights are bfloat16 under three LoRA adapters, as on a
+on the processor, and grow by the same number with every layer (tests/test_benchmarks.py counts three), so one layer and
+two are counted, and the line through them gives the rest. Weights are bfloat16 under three LoRA adapters, as on a
 card; the vocabulary has 8,192 words instead of 49,152, which changes no count.
 
 A kernel is a call of an aten operator below autograd that computes, fills or copies something, forwards or backwards.
@@ -164,8 +164,8 @@ def joint_step(backbone, E, G, prompt, new):
         CoMAMTrainer(team, [example_episode()] * E, rewards, config, callbacks=[Step()]).train()
     return seen[-1]
 
-def measure(layers=30, E=2, G=4, prompt=64, new=8, few=4, many=20, kernels="card", **shape):
-    "part -> counts, and the operators of scoring."
+def counted(layers, E=2, G=4, prompt=64, new=8, few=4, many=20, kernels="card", **shape):
+    "part -> counts; the last is scoring's operators."
     import transformers
     from comam_nb.lm.cpu_kernels import use_kernels
     transformers.utils.logging.set_verbosity_error()
@@ -176,7 +176,13 @@ def measure(layers=30, E=2, G=4, prompt=64, new=8, few=4, many=20, kernels="card
         found["judge question"] = judging(backbone, E, G, turns=6)
         found["one agent's scoring, with gradients"] = dict(scored.counts)
         found["joint step"] = dict(joint_step(backbone, E, G, prompt, new).counts)
-    return found, scored.ops
+    return found | {"operators of scoring": dict(scored.ops)}
+
+def measure(layers=30, **settings):
+    "part -> counts for a model of so many layers, from those of one layer and of two."
+    one, two = counted(1, **settings), counted(2, **settings)
+    line = lambda a, b: {k: a.get(k, 0) + (layers - 1) * (b.get(k, 0) - a.get(k, 0)) for k in b}
+    return {part: line(one[part], two[part]) for part in one}
 
 def processor():
     "Its name, if the system tells."
@@ -196,7 +202,8 @@ if __name__ == "__main__":
     a = p.parse_args()
     print(f"torch {torch.__version__}, {processor()}; {a.layers} layers, E {a.E}, G {a.G}, prompt {a.prompt}, "
           f"completion {a.new}, kernels {a.kernels}", flush=True)
-    found, ops = measure(a.layers, a.E, a.G, a.prompt, a.new, kernels=a.kernels)
+    found = measure(a.layers, E=a.E, G=a.G, prompt=a.prompt, new=a.new, kernels=a.kernels)
+    ops = Counter(found.pop("operators of scoring"))
     plain = found["token, plain generate, no adapter"]["kernels"]
     print(f"{'':36} {'kernels':>9} {'syncs':>7} {'uploads':>8}  of plain generate")
     for part, n in found.items():
