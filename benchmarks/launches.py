@@ -164,7 +164,7 @@ def joint_step(backbone, E, G, prompt, new):
         CoMAMTrainer(team, [example_episode()] * E, rewards, config, callbacks=[Step()]).train()
     return seen[-1]
 
-def counted(layers, E=2, G=4, prompt=64, new=8, few=4, many=20, kernels="card", **shape):
+def counted(layers, E=2, G=4, prompt=64, new=8, few=16, many=32, kernels="card", **shape):
     "part -> counts; the last is scoring's operators."
     import transformers
     from comam_nb.lm.cpu_kernels import use_kernels

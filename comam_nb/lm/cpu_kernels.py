@@ -289,11 +289,11 @@ def _packed_part(x, i, sizes, held, **packed):
     return out
 
 def _can_pack(layer):
+    if type(layer) is not torch.nn.Linear or "forward" in layer.__dict__: return False
+    w = layer.weight
+    if type(w) is not torch.nn.Parameter or w.dtype != torch.bfloat16 or not on_cpu(w.device): return False
     able = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    able = able and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    plain = able and type(layer) is torch.nn.Linear and "forward" not in layer.__dict__
-    w = layer.weight if plain else None
-    return plain and type(w) is torch.nn.Parameter and w.dtype == torch.bfloat16 and on_cpu(w.device)
+    return able and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 # %% ../../nbs/source/lm/02_cpu_kernels.ipynb #edc60171
 def _groups(model, adapted):
