@@ -246,7 +246,7 @@ def direct_adapter(
     factors = [l.lora_A[name].weight for l in layers] + [l.lora_B[name].weight for l in layers]
     groups = _siblings(model, layers, name) if layers and not on_cpu(factors[0].device) else []
     place = {l: (n, i) for n, g in enumerate(groups) for i, l in enumerate(g)}
-    scales, held = [float(l.scaling[name]) for l in layers], [{} for _ in groups]
+    scales, held = [float(l.scaling[name]) for l in layers], [dict[str, Any]() for _ in groups]
     def ready(where):
         dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else None
         if (key := (dtype, torch.is_grad_enabled())) not in known:

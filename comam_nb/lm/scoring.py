@@ -161,7 +161,7 @@ def shared_logprobs(
 # %% ../../nbs/source/lm/05_scoring.ipynb #ab53bedb
 def _piles(rows, least, most):
     "Packs (common beginning, numbers of rows behind it) of rows of ids; each row keeps `least` ids of its own."
-    piles:list[tuple[tuple[int, ...], list[int]]] = []
+    piles = []
     for i in sorted(range(len(rows)), key=lambda i: rows[i]):
         if piles:
             begin, mine = piles[-1]
@@ -174,7 +174,7 @@ def _piles(rows, least, most):
 
 def _batches(piles, most):
     "Packs in batches of at most so many rows."
-    batches:list[list] = []
+    batches = []
     for p in piles:
         if batches and sum(len(rows) for _, rows in batches[-1]) + len(p[1]) <= most: batches[-1].append(p)
         else: batches.append([p])
