@@ -17,8 +17,8 @@ import numpy as np
 from .base.errors import RewardError
 from .base.words import content_words
 from .data import Episode, Message, Session
-from .lm.backbone import choice_probs
 from .lm.chat import without_thinking
+from .lm.scoring import choice_probs
 from .mdp import AGENTS, Trajectory
 from .readers.scores import answer_reward
 

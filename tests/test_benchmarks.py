@@ -1,4 +1,5 @@
-"""The benchmark scripts start, and the law that growth.py fits is found again in made-up seconds."""
+"""The benchmark scripts start, the law that growth.py fits is found again in made-up seconds, and launches.py counts
+right."""
 import importlib.util, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
@@ -8,7 +9,7 @@ SCRIPTS = sorted(p.name for p in FOLDER.glob("*.py"))
 
 def test_there_is_one_for_each_target():
     assert {"joint_step.py", "growth.py", "adapters_memory.py", "extraction.py", "retrieval.py",
-            "start_up.py"} <= set(SCRIPTS)
+            "start_up.py", "launches.py"} <= set(SCRIPTS)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -39,3 +40,38 @@ def test_growth_counts_what_a_group_costs():
     more = growth.counted(config, P=10, G=2, new=5)
     assert more[0] == 2 * (2 * N * 20 + 4 * 3 * 4 * (50 + 10 * 12.5) + 2 * 4*7 * 10)
     assert more[1] == 5 * 2 * (N + 28 + 2 * 3 * 2 * (10 + 5))
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+    return module
+
+def test_launches_counts_kernels_syncs_and_uploads():
+    torch = pytest.importorskip("torch")
+    launches = load("launches")
+    x, where = torch.randn(4, 3, requires_grad=True), torch.tensor([1, 0, 1, 0])
+    def counts(work): return tuple(launches.count(work).counts[k] for k in ("kernels", "syncs", "uploads"))
+    assert counts(lambda: x.view(3, 4)[1:].detach().t()) == (0, 0, 0)                  # views
+    assert counts(lambda: torch.empty(5)) == (0, 0, 0)                                 # memory
+    assert counts(lambda: (x @ x.t()).exp()) == (2, 0, 0)
+    assert counts(lambda: x.exp().sum().backward()) == (4, 0, 0) # two and the 1 to begin with; their product
+    assert counts(lambda: torch.tensor([1, 2])) == (0, 0, 1)
+    assert counts(lambda: where.sum().item()) == (1, 1, 0)
+    assert counts(lambda: where.tolist()) == (0, 1, 0) and counts(lambda: where.cpu()) == (0, 1, 0)
+    assert counts(lambda: bool((where > 0).all())) == (2, 1, 0)
+    assert counts(lambda: x.detach()[where > 0]) == (2, 1, 0) and counts(lambda: x.detach()[where]) == (1, 0, 0)
+    assert counts(lambda: x.detach().repeat_interleave(where, 0))[1] == 1
+
+@pytest.mark.slow
+def test_launches_grow_by_the_same_number_with_every_layer():
+    pytest.importorskip("trl")
+    launches, size = load("launches"), dict(vocab=64, hidden=32, heads=4, kv_heads=2, middle=48)
+    found = [launches.counted(n, 1, 2, 8, 4, few=2, many=4, **size) for n in (1, 2, 3)]
+    for f in found: assert f.pop("operators of scoring")["mm"] > 0
+    for part in found[0]:
+        a, b, c = (f[part]["kernels"] for f in found)
+        assert 0 < a < b < c and c - b == pytest.approx(b - a, abs=0.5), part
+    one = found[0]
+    assert one["token, group, stop text"]["syncs"] <= one["token, group"]["syncs"]
+    assert one["one agent's scoring, with gradients"]["syncs"] == 0
+    assert one["judge question"]["kernels"] < one["token, plain generate, no adapter"]["kernels"]

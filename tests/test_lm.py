@@ -1,5 +1,6 @@
-"Adapters and their files, the judge's mode, templates, and the kernels' switch."
+"Adapters and their files, the judge's mode, templates, the kernels' switch, and stop texts."
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest, torch
@@ -9,11 +10,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import comam_nb
 from comam_nb.base.errors import BackboneError
-from comam_nb.lm.backbone import Backbone, choice_probs, load_backbone, prompt_ids, template_length
+from comam_nb.lm.backbone import Backbone, load_backbone, prompt_ids, template_length
 from comam_nb.lm.cpu_kernels import use_kernels
 from comam_nb.lm.decoding import sample_each, sample_group, sample_rows
 from comam_nb.lm.lora import add_adapters, load_adapter, save_adapter, use_adapter
-from comam_nb.lm.scoring import shared_logprobs, token_logprobs
+from comam_nb.lm.scoring import choice_probs, shared_logprobs, token_logprobs
 
 WEIGHTS = Path(comam_nb.__file__).parent / "weights"
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
@@ -155,6 +156,22 @@ def test_the_judge_says_the_same_in_training_mode():
     assert model.training and model.transformer.h[0].training and not frozen.training
 
 
+def test_questions_that_begin_alike_are_read_once_and_answered_as_alone():
+    policy, passes = Backbone(trained(tiny(), r=4), tokenizer()), []
+    policy.model.get_base_model().register_forward_hook(lambda *a: passes.append(1))
+    talks = ["the cat drinks tea . " * n for n in (3, 11, 30)]
+    asked = [f"{t} {p} {q} ?" for t in talks for p in ("tea", "the cat", "no") for q in ("yes", "tea .", "drinks the")]
+    with use_kernels(False): alone = torch.cat([choice_probs(policy, [q], ("yes", "no")) for q in asked])
+    assert len(passes) == len(asked) == 27
+    for on in (True, False):
+        passes.clear()
+        with use_kernels(on): together = choice_probs(policy, asked, ("yes", "no"))
+        assert torch.allclose(together, alone, atol=1e-5) and len(passes) <= 3
+    passes.clear()
+    assert torch.allclose(choice_probs(policy, asked, ("yes", "no"), batch_size=9), alone, atol=1e-5)
+    assert 3 <= len(passes) <= 9 and alone.std(0).min() > 1e-3 # one conversation after the other; answers do differ
+
+
 # ---- the template ----
 def test_the_template_is_measured_and_takes_arguments(tmp_path):
     tiny().save_pretrained(tmp_path)
@@ -201,3 +218,38 @@ def test_rows_of_ids_are_sampled_as_texts_are():
         assert sample_rows(policy, rows, G=3, max_new_tokens=9, **settings) == texts
     with pytest.raises(BackboneError, match="300 tokens and the completion needs 9"):
         sample_rows(policy, [[3] * 300], max_new_tokens=9)
+
+
+# ---- stop texts ----
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_stop_text_ends_the_shared_way_where_it_ends_the_simple_one(temperature):
+    policy = Backbone(tiny(seed=3), tokenizer())
+    for prompts in (["the cat drinks", "tea ?"], ["the cat drinks tea . " * 8 + "yes"]):
+        def texts(shared, stop=""):
+            torch.manual_seed(1)
+            return sample_group(replace(policy, stop=stop), prompts, 6, None, temperature, max_new_tokens=25,
+                                shared_prefix=shared)
+        free = max((s.text for g in texts(True) for s in g), key=len)
+        words, n = free.split(), len(free)
+        for stop in {words[3], " ".join(words[4:6]), free[n // 3:n // 3 + 4], free[n // 2:n // 2 + 9], free[-1], " "}:
+            ended = texts(True, stop)
+            assert ended == texts(False, stop) and any(stop in s.text for g in ended for s in g)
+        assert texts(True, "never") == texts(False)
+    prompts = ["the cat drinks tea . " * n for n in (3, 9, 5)]
+    for policy.stop in words[:4]:
+        assert sample_each(policy, prompts, None, 25, 2, long=0) == sample_group(
+            policy, prompts, temperature=0, max_new_tokens=25, shared_prefix=False)
+
+def test_looking_for_a_stop_text_reads_each_token_a_few_times_only():
+    read, tok = [], tokenizer()
+    class Counting:
+        pad_token_id, eos_token_id, chat_template = 0, None, None
+        def __call__(self, text, **kw): return tok(text, **kw)
+        def decode(self, ids, **kw):
+            read.append(len(ids))
+            return tok.decode(ids, **kw)
+    policy = Backbone(tiny(), Counting(), stop="never") # no token of its vocabulary can end this
+    policy.model.generation_config.eos_token_id = None
+    [group] = sample_group(policy, ["the cat drinks"], G=4, max_new_tokens=200)
+    assert [len(s.ids) for s in group] == [200] * 4
+    assert sum(read) <= 5 * 4 * 200 # each from its beginning at every token: 4 x 200 x 100

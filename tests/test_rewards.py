@@ -174,6 +174,15 @@ def test_judge_batches_deduplicates_and_never_sees_empty_profiles():
     assert _profile_rewards([[]], [history], lambda i, h: 1/0) == [0]
 
 
+def test_the_judge_is_asked_once_for_all_groups_of_a_step():
+    asked, fixture = [], [example_group() for _ in range(2)]
+    def yes(prompts):
+        asked.append(len(prompts))
+        return [.5] * len(prompts)
+    local, _ = Rewards(RubricJudge(yes))(fixture)
+    assert len(asked) == 1 and asked[0] % 3 == 0 and len(local) == 2
+
+
 @pytest.mark.parametrize("call, says", [
     (lambda e: _profile_rewards([[Item(text="x")]], [e.history], lambda i, h: 7), "from 0 to 1"),
     (lambda e: _profile_rewards([[Item(text="x")]], [e.history], lambda i, h: float("nan")), "from 0 to 1"),
@@ -205,6 +214,14 @@ def test_lm_judge_with_a_real_tiny_model():
     want = sum(torch.sigmoid(y - n).item() for y, n in logits)/3
     assert _profile_rewards([items], [history], judge) == pytest.approx([want], abs=1e-5)
     assert lm_yes(None)([]) == []
+
+    # a step's questions, of two conversations, in few passes
+    passes, profiles = [], [[Item(text=t)] for t in ("tea", "tea tea", "user: tea", "Yes tea No")]
+    short = history[:1]
+    one_by_one = [_profile_rewards([p], [h], judge)[0] for h in (history, short) for p in profiles]
+    model.register_forward_hook(lambda *a: passes.append(1))
+    together = _profile_rewards(profiles * 2, [history] * 4 + [short] * 4, judge)
+    assert together == pytest.approx(one_by_one, abs=1e-5) and len(set(together)) == 8 and len(passes) <= 2
 
 
 # --- weak evidence against the benchmark's own human check (persona 0);

@@ -7,7 +7,7 @@ import pytest, torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (Lfm2Config, LlamaConfig, LlamaForCausalLM,
+from transformers import (Gemma3ForCausalLM, Gemma3TextConfig, Lfm2Config, LlamaConfig, LlamaForCausalLM, Phi3Config,
                           PreTrainedTokenizerFast,
                           TrainerCallback, TrainingArguments)
 
@@ -26,7 +26,8 @@ from comam_nb.training import CoMAMTrainer
 
 @pytest.mark.parametrize("config", [Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"],
                                                attn_implementation="sdpa"),
-                                    LlamaConfig(attn_implementation="flash_attention_2")])
+                                    LlamaConfig(attn_implementation="flash_attention_2"),
+                                    Phi3Config(sliding_window=3, attn_implementation="sdpa", pad_token_id=0)])
 def test_a_model_that_takes_no_mask_is_scored_the_simple_way_and_the_trainer_says_so(config):
     policy = Backbone(SimpleNamespace(config=config), SimpleNamespace(pad_token_id=0, eos_token_id=1))
     args = SimpleNamespace(shared_prefix=True, trained_agents=["extraction"], beta=0, entropy_coef=0,
@@ -38,6 +39,36 @@ def test_a_model_that_takes_no_mask_is_scored_the_simple_way_and_the_trainer_say
     ids = torch.tensor([[3, 4, 5, 6], [3, 4, 7, 8]])
     with pytest.warns(UserWarning, match="cannot share a prompt"):
         assert scorer(lambda *a, **k: "TRL's own way", None, ids, torch.ones_like(ids), 2) == "TRL's own way"
+
+
+def windowed(window):
+    "A Gemma 3 of two layers, one of which looks back `window` tokens."
+    torch.manual_seed(0)
+    tok = words_tokenizer()
+    config = Gemma3TextConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                              head_dim=8, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+                              pad_token_id=0,
+                              layer_types=["sliding_attention", "full_attention"], sliding_window=window,
+                              eos_token_id=1, bos_token_id=None, initializer_range=0.3, attn_implementation="sdpa")
+    return Backbone(Gemma3ForCausalLM(config).eval(), tok, (), "windowed")
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [8, 200])
+def test_a_step_of_a_model_with_windows_is_that_of_the_simple_way(tmp_path, monkeypatch, window):
+    moved, shared = [], []
+    monkeypatch.setattr(scoring, "shared_logprobs", lambda *a, f=scoring.shared_logprobs, **kw:
+                        shared.append(1) or f(*a, **kw))
+    for share in (True, False):
+        team = make_team(windowed(window), r=4, **{a: dict(max_new_tokens=6) for a in AGENTS})
+        for i, agent in enumerate(team.values()): agent.prompt = lambda state, i=i: "3 4 5 6 7 8 9 " * 2 + f"{i} 2"
+        config = settings(tmp_path, max_steps=1, learning_rate=1.0, optim="sgd", shared_prefix=share, keep_prompts=0)
+        CoMAMTrainer(team, [example_episode()] * 2, wordy, config).train()
+        moved.append(torch.cat([p.detach().flatten() for ps in team.groups().values() for p in ps]))
+    assert len(shared) == 3 # one for each agent, of the first run alone
+    fresh = make_team(windowed(window), r=4)
+    assert (moved[0] - moved[1]).abs().max() < 1e-5
+    began = torch.cat([p.detach().flatten() for ps in fresh.groups().values() for p in ps])
+    assert (moved[0] - began).abs().max() > 1e-3
 
 
 # ---- prompts that are read once, for writing and for scoring

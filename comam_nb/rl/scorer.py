@@ -16,18 +16,18 @@ from accelerate.utils import DistributedType
 
 from ..lm.backbone import Backbone
 from ..lm.cpu_kernels import direct_adapter, merged_adapter
-from ..lm.decoding import can_share, read_prompts, say_simple
+from ..lm.decoding import can_share, read_prompts
 from ..lm.scoring import pack_rows, shared_logprobs, token_logprobs
 from .joint_rollout import Rollouts
 from .settings import CoMAMConfig
 from .team import FrozenModel, Team
 
 # %% ../../nbs/source/rl/06_scorer.ipynb #60d0c532
-def _agent_rows(batch: Mapping[str, torch.Tensor], start: int, stop: int) -> dict[str, torch.Tensor]:
-    "Rows of one micro-batch, without the padding that only other agents' rows need."
-    piece = {k: v[start:stop] if isinstance(v, torch.Tensor) and v.dim() > 0 else v for k, v in batch.items()}
-    left, right = int(piece["prompt_mask"].sum(1).max()), int(piece["completion_mask"].sum(1).max())
-    width = batch["completion_ids"].size(1)
+def _agent_rows(batch: Mapping[str, torch.Tensor], start: int, texts: Sequence[tuple]) -> dict[str, torch.Tensor]:
+    "The rows of these (prompt ids, completion ids), without the padding that only other agents' rows need."
+    rows, width = slice(start, start + len(texts)), batch["completion_ids"].size(1)
+    piece = {k: v[rows] if isinstance(v, torch.Tensor) and v.dim() > 0 else v for k, v in batch.items()}
+    left, right = (max(map(len, ids)) for ids in zip(*texts))
     for k in ("prompt_ids", "prompt_mask"): piece[k] = piece[k][:, -left:]
     for k, v in piece.items():
         if isinstance(v, torch.Tensor) and v.dim() == 2 and k.split("_")[0] != "prompt" and v.size(1) == width:
@@ -111,7 +111,8 @@ class Scorer:
     def passes(self, batch:Mapping[str, torch.Tensor])->list[dict[str, torch.Tensor]]:
         "TRL's batch of all agents' rows as micro-batches, in the order of the agents."
         size = self.args.per_device_train_batch_size
-        return [_agent_rows(batch, i * size, (i + 1) * size) for i in range(self.args.steps_per_generation)]
+        texts = [t for n in self.args.trained_agents for t in self.texts[n]]
+        return [_agent_rows(batch, i, texts[i:i + size]) for i in range(0, len(texts), size)]
 
     def turn_to(self, i:int)->None:
         "What is scored next is micro-batch number i, of one agent."
@@ -161,7 +162,7 @@ def _packed(scorer: Scorer, model: torch.nn.Module, device: torch.device, width:
     reading = scorer.readings.kept.pop(key, None) if torch.is_grad_enabled() else None
     if packed > 0.9 * full and device.type == "cuda" and not reading: return None
     config, longest = policy.model.config, max(len(p) + len(c) for p, c in texts)
-    if not can_share(config, longest): return say_simple(config)
+    if not can_share(config, longest, masks=True, say=True): return None
     with _asked(policy, model, args, scorer.accelerator) as inner:
         logps, entropy = shared_logprobs(inner, prompts, completions, args.temperature, reading=reading)
     return (*(torch.nn.functional.pad(x, (0, width - x.size(1))) for x in (logps, entropy)), None)
@@ -171,7 +172,7 @@ def _reference(scorer: Scorer, agent: str, width: int) -> torch.Tensor:
     args, texts, parts = scorer.args, scorer.texts[agent], []
     longest = max(len(p) + len(c) for p, c in texts)
     with scorer.references[id(scorer.team[agent].policy.model)].asked() as frozen, scorer.accelerator.autocast():
-        shares = args.shared_prefix and can_share(frozen.model.config, longest)
+        shares = args.shared_prefix and can_share(frozen.model.config, longest, masks=True)
         for i in range(0, len(texts), args.per_device_train_batch_size):
             rows = zip(*texts[i:i + args.per_device_train_batch_size])
             logps, _ = (shared_logprobs(frozen.model, *rows, args.temperature) if shares else

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from ..agents import Agent, ExtractionAgent, ProfileAgent, RetrievalAgent
 from ..base.errors import BackboneError
-from ..lm.backbone import Backbone, choice_probs
+from ..lm.backbone import Backbone
 from ..lm.lora import add_adapters, load_adapter, save_adapter, use_adapter, without_adapters
+from ..lm.scoring import choice_probs
 from ..mdp import AGENTS
 
 # %% ../../nbs/source/rl/01_team.ipynb #c65aeb4a

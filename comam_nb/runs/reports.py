@@ -20,8 +20,9 @@ from ..base.errors import DataError
 from ..base.files import write_whole
 from ..base.statistics import bootstrap, comparison_table
 from ..data import Episode, Query
-from ..lm.backbone import Backbone, choice_probs
+from ..lm.backbone import Backbone
 from ..lm.chat import without_thinking
+from ..lm.scoring import choice_probs
 from ..lm.usage import Usage
 from ..mdp import State
 from .bench import RunFile, read_run, record_of, run_system
