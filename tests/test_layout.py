@@ -125,7 +125,8 @@ def test_no_private_name_crosses_modules(path):
     assert crossed == []
 
 def test_the_checks_of_imports_see_what_they_should():
-    tree = ast.parse("def f():\n    from ..cli.__main__ import main\n    from ..data import _x\n    from .. import data\n")
+    tree = ast.parse("def f():\n    from ..cli.__main__ import main\n    from ..data import _x\n"
+                     "    from .. import data\n")
     found = list(own_imports(tree, PACKAGE / "base" / "x.py"))
     assert found == [("cli.__main__", "main"), ("data", "_x"), ("data", None)]
     assert PLACES["cli.__main__"] > PLACES["data"] > PLACES["base.errors"]
@@ -245,7 +246,8 @@ def last_line(code):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return run.stdout.splitlines()[-1]
 
-@pytest.mark.parametrize("module", ["comam_nb", "comam_nb.cli.__main__", "comam_nb.memcollab", "comam_nb.cli.memcollab"])
+@pytest.mark.parametrize("module", ["comam_nb", "comam_nb.cli.__main__", "comam_nb.memcollab",
+                                    "comam_nb.cli.memcollab"])
 def test_import_is_light(module):
     assert last_line(f"import sys, {module}; print([m for m in {HEAVY} if m in sys.modules])") == "[]"
 

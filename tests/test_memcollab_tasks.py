@@ -104,7 +104,8 @@ def test_code_reply_with_several_blocks_and_a_body_only():
 
 
 @pytest.mark.parametrize("gold, text", [
-    ("6", "<think>\nCould be \\boxed{7}.\n</think>\nThe answer is 6."), ("6", "7 or \\boxed{7}?</think>\nSo \\boxed{6}."),
+    ("6", "<think>\nCould be \\boxed{7}.\n</think>\nThe answer is 6."),
+    ("6", "7 or \\boxed{7}?</think>\nSo \\boxed{6}."),
     ("9", "The final answer should be given in \\fbox{your answer}.\nThe answer is 9."),
     ("9", "Put it in \\boxed form: the answer is 9"), ("9", "9 in all. (Use \\boxed{...}.)"),
     ("40", "The answer is 40, because 8 times 5 is 40 and 8 is even."), ("40", "Answer: 40 (and not 45)"),
@@ -138,7 +139,8 @@ def test_what_looks_like_the_answer_and_is_not(gold, text):
     "* like this:\n\n    ```python\n    import math\n    def root(x):\n        return math.isqrt(x)\n    ```\n",
     "```py import math; root = lambda x: math.isqrt(x)```",
     "Sure!\n\nimport math\n\ndef root(x):\n    # the whole part\n    return math.isqrt(x)\n\nIt rounds down.",
-    "<think>\n```python\ndef root(x): return 0\n```\n</think>\n```python\nimport math\ndef root(x): return math.isqrt(x)"
+    "<think>\n```python\ndef root(x): return 0\n```\n</think>\n"
+    "```python\nimport math\ndef root(x): return math.isqrt(x)"
     "\n```", "```python\nimport math, sys\ndef root(x): return math.isqrt(x)\ndef main():\n"
     "    print(root(int(sys.stdin.readline())))\nmain()\n```"])
 def test_programs_as_models_write_them(reply):
@@ -147,7 +149,8 @@ def test_programs_as_models_write_them(reply):
 
 STUB = 'def total(xs):\n    """Their sum."""\n'
 @pytest.mark.parametrize("body", ["return sum(xs)", "s = 0\n    for x in xs:\n        s += x\n    return s",
-                                  "  return sum(xs)", "\ts = sum(xs)\n\treturn s", "s = 0\nfor x in xs: s += x\nreturn s",
+                                  "  return sum(xs)", "\ts = sum(xs)\n\treturn s", 
+                                  "s = 0\nfor x in xs: s += x\nreturn s",
                                   "```python\n    return sum(xs)\n```"])
 def test_a_body_that_lost_its_indentation(body):
     task = Task("t", STUB, check={"kind": "code", "entry_point": "total", "setup": STUB,

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 
 from comam_nb.base.errors import DataError
-from comam_nb.base.statistics import (Interval, McNemar, bootstrap, comparison_table, mcnemar, mean_band,
+from comam_nb.base.statistics import (Interval, _McNemar, bootstrap, comparison_table, mcnemar, mean_band,
                                       multiplicities, paired, t_interval)
 
 quick = settings(max_examples=60, deadline=None)
@@ -137,7 +137,7 @@ def test_mcnemar_is_the_sum_of_binomial_tails(gained, lost):
 
 def test_a_task_votes_once_however_many_seeds():
     once, often = mcnemar([1, 1, 0], [0, 0, 1]), mcnemar([1, 1, 0] * 5, [0, 0, 1] * 5, ["x", "y", "z"] * 5)
-    assert once == often == McNemar(2, 1, 1.0)
+    assert once == often == _McNemar(2, 1, 1.0)
     with pytest.raises(ValueError): mcnemar([1], [1, 0])
 
 

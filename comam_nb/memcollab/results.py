@@ -10,12 +10,13 @@ import html, json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..base.errors import MemCollabError
 from ..base.files import write_whole
-from ..base.statistics import Interval, McNemar, mcnemar, paired
+from ..base.statistics import Interval, mcnemar, paired
 from ..checks.tasks import Task
 from .arms import Arm, Training
 from .attempts import Attempt
@@ -122,7 +123,7 @@ class _Comparison:
     n:int # outcomes that both have
     mean:float # of the arm
     difference:Interval|None # None for the baseline itself
-    test:McNemar|None # for accuracy
+    test:Any # of `mcnemar`, for accuracy; None for another metric and for the baseline
     def __str__(self)->str:
         digits = {"accuracy": ".3f", "turns": ".2f"}.get(self.metric, ".0f")
         d = self.difference
