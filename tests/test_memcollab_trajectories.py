@@ -289,6 +289,7 @@ def test_seeds_and_order_do_not_depend_on_who_answers(servers, tmp_path):
     single.shutdown(); single.server_close()
 
 
+@pytest.mark.slow
 def test_one_poisonous_prompt_does_not_end_the_run_for_the_others(servers, tmp_path):
     "Every server fails at one prompt. Each failure is followed by other requests' answers, so nobody is down for good."
     def answer(prompt):
@@ -479,10 +480,11 @@ def test_turns_run_out():
     assert t.messages[-1]["role"] == "assistant" and "last message" not in t.messages[2]["content"]
 
 
-@pytest.mark.parametrize("style", ["plain", "cot", "code", "agent"])
+@pytest.mark.parametrize("style", ["plain", "code", "agent"])
 @pytest.mark.parametrize("garbage", ["", " ", "\0\0", "\ud800 lone", "```python\n",
                                      "```python\nimport os; os._exit(3)\n```",
-                                     "```python\nwhile True: print('x' * 10000)\n```",
+                                     pytest.param("```python\nwhile True: print('x' * 10000)\n```",
+                                                  marks=pytest.mark.slow),
                                      "```python\nprint('\\ud800'.encode('utf-8', "
                                      "'surrogatepass'))\nprint(chr(0xd800))\n```", "\u2028{}<script>", "FINAL ANSWER:",
                                      "\\boxed{" * 500], ids=lambda g: repr(g)[:20])

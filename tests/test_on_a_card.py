@@ -31,6 +31,7 @@ def main(*args, start=inside): return module("on_a_card").main([str(a) for a in 
 
 # ---- stages
 
+@pytest.mark.slow
 def test_every_stage_runs_dry_without_faiss_and_scipy(tmp_path, monkeypatch, capsys):
     for name in ("faiss", "scipy", "sklearn"): monkeypatch.setitem(sys.modules, name, None)
     toy = {n: s for n, s in module("on_a_card").STAGES.items() if "Qwen" not in n} # which, dry, is SmolLM2 once more

@@ -123,6 +123,7 @@ def test_bad_input(tmp_path, capsys):
     assert not (tmp_path / "new").exists()
     with pytest.raises(DataError): _do_without("judge")
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run():
     a, b = (_run_variant("adaptive", 3, TINY) for _ in range(2))
     assert a == b

@@ -261,6 +261,7 @@ def test_it_stops_when_validation_no_longer_improves_and_keeps_the_best(tok, tmp
     assert came["validation_after"] == pytest.approx(losses[came["best_step"]], abs=1e-3)
     assert len(lines) == len(losses) and list(losses)[:3] == [0, 5, 10] and "validation" in lines[0]
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tok, tmp_path):
     def start(name, resume=False, press=None):
         def say(line):

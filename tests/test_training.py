@@ -155,6 +155,7 @@ def test_prompts_are_read_twice_where_that_is_not_the_same(tmp_path, monkeypatch
     _, read, scored, _ = trained(tmp_path, monkeypatch, 10**6, **kw)
     assert not read and not any(scored)
 
+@pytest.mark.slow
 def test_micro_batches_of_one_prompt_do_not_share_a_reading(tmp_path, monkeypatch):
     simple, *_ = trained(tmp_path, monkeypatch, 0, own=False, E=1, micro_batches_per_agent=2)
     kept, read, scored, _ = trained(tmp_path, monkeypatch, 10**6, own=False, E=1, micro_batches_per_agent=2)
@@ -293,6 +294,7 @@ def test_the_card_that_is_named_is_the_card_that_is_used(tmp_path, monkeypatch):
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState(cpu=True)
 
+@pytest.mark.slow
 def test_the_samplers_state_is_part_of_a_checkpoint(tmp_path):
     "A run that is resumed rolls out the episodes that the unbroken one rolls out, and ends with the same weights."
     episodes = [replace(example_episode(), id=str(i)) for i in range(6)]
@@ -402,8 +404,8 @@ def test_vllm_is_started_for_adapters_where_there_are_some(tmp_path, monkeypatch
         with pytest.raises(CreditError, match="adapters reach vLLM in the run's own process alone"): check(**kw)
     assert check(whole=True, vllm_mode="server") is start
 
-@pytest.mark.parametrize("policy, steps", [("adapters", 1)] + [
-    pytest.param(p, 2, marks=pytest.mark.slow) for p in ("adapters", "shared", "separate")])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy, steps", [("adapters", 1), ("adapters", 2), ("shared", 2), ("separate", 2)])
 def test_a_joint_step_written_by_continuous_batching_is_the_step_written_without(tmp_path, policy, steps):
     "The same draws give the same texts, and so the same weights, also where a manager is kept from step to step."
     def go(engine):
