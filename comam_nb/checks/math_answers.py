@@ -37,7 +37,7 @@ def _last_boxed(
     text:str, # a solver's text
 )->str|None: # what the last closed box holds, or a list of boxes side by side; None without a box
     "Content of the last `\\boxed{…}` or `\\fbox{…}` whose braces close; `\\boxed 5` counts too."
-    boxes, found = _boxes(text), []
+    boxes, found = _boxes(text), list[tuple[int, int, str]]()
     for start, end, inside in boxes[::-1]:
         if found and not _BETWEEN.fullmatch(text[end:found[-1][0]]): break
         found.append((start, end, inside))

@@ -89,12 +89,11 @@ def rewards_of(
     from comam_nb.rewards import MATCHERS, Rewards, RubricJudge, lm_yes
     if args.matcher not in MATCHERS:
         raise CommandError(f"unknown matcher {args.matcher!r}: use one of {', '.join(MATCHERS)}")
-    if args.data != "microworld": judge = RubricJudge(lm_yes(team.judge))
-    else:
-        from comam_nb.microworld import MicroWorld
-        from comam_nb.worlds.warm_start import micro_rewards
-        judge = micro_rewards(MicroWorld()).judge
-    return Rewards(judge, MATCHERS[args.matcher], match=args.match)
+    matcher = MATCHERS[args.matcher]
+    if args.data != "microworld": return Rewards(RubricJudge(lm_yes(team.judge)), matcher, match=args.match)
+    from comam_nb.microworld import MicroWorld
+    from comam_nb.worlds.warm_start import micro_rewards
+    return Rewards(micro_rewards(MicroWorld()).judge, matcher, match=args.match)
 
 # %% ../../nbs/source/cli/01_common.ipynb #7f61398c
 _SPLIT_DEFAULTS = {"split": [0.6, 0.2, 0.2], "split_seed": 0, "validation_users": [], "test_users": []}

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..agents import Agent
 from ..data import Episode
 from ..lm.chat import without_thinking
-from ..mdp import Trajectory, rollout
+from ..mdp import State, Trajectory, rollout
 from ..rewards import Rewards, gold_evidence
 from .bench import RunFile, record_of
 from ..systems.interface import Answer, chosen_option
@@ -25,13 +25,14 @@ def _number(text:str)->int: return int(hashlib.sha256(text.encode()).hexdigest()
 
 def _window_record(t:Trajectory, rewards:Rewards, seconds:float)->dict:
     "A line of the run file, of a trajectory that has its rewards."
-    e, end, text = t.episode, t.final, without_thinking(t["retrieval"].text)
+    e, text = t.episode, without_thinking(t["retrieval"].text)
+    end, score = t.final or State(3), lambda r: float(r or 0.0)
     gold, known = gold_evidence(e), [*end.fine, *end.coarse]
     answer = Answer(end.answer, chosen_option(text, e.options), reply=text)
     ids = [(len(x.prompt_ids), len(x.action_ids)) for x in t.transitions]
     read, written = map(sum, zip(*ids))
-    return record_of(answer, e, rewards.match) | {k: float(t[a].reward) for k, a in _LOCAL.items()} | dict(
-        right=float(t.answer_reward), seconds=round(seconds, 4), read=read, written=written,
+    return record_of(answer, e, rewards.match) | {k: score(t[a].reward) for k, a in _LOCAL.items()} | dict(
+        right=score(t.answer_reward), seconds=round(seconds, 4), read=read, written=written,
         malformed=sum(x.action.malformed for x in t.transitions), evidence=sorted(end.evidence),
         gold_turns=sorted(gold), held=gold <= rewards.matcher(known, e.turns))
 
