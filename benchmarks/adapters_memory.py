@@ -66,6 +66,8 @@ if __name__ == "__main__":
         print(json.dumps(run(*sys.argv[2:]))); sys.exit()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16")); a = p.parse_args()
+    from machine import about
+    print(about(), flush=True)
     found = {}
     for kind in ("adapters", "models+lora", "models"):
         done = subprocess.run([sys.executable, os.path.abspath(__file__), "--child", kind, a.dtype],

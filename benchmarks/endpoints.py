@@ -29,6 +29,8 @@ def main():
     p.add_argument("--tasks", type=int, default=80)
     p.add_argument("--rounds", type=int, default=3)
     args = p.parse_args()
+    from machine import about
+    print(about(), flush=True)
     Stub.delay = args.delay
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), Stub) for _ in range(4)]
     for s in servers: threading.Thread(target=s.serve_forever, daemon=True).start()

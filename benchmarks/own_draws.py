@@ -19,6 +19,8 @@ p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDes
 for flag, value in (("--rounds", 6), ("--steps", 8), ("--episodes-per-step", 16), ("--group-size", 8)):
     p.add_argument(flag, type=int, default=value)
 args = p.parse_args()
+from machine import about # noqa: E402
+print(about(), flush=True)
 torch.set_num_threads(1); transformers.utils.logging.disable_progress_bar()
 world = MicroWorld()
 

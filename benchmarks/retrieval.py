@@ -294,6 +294,8 @@ def main():
         (a.folder/"found.json").write_text(json.dumps(found))
         return
     import sklearn, sqlite3
+    from machine import about
+    print(about(), flush=True)
     print(f"Python {platform.python_version()}, numpy {np.__version__}, SQLite {sqlite3.sqlite_version}, "
           f"scikit-learn {sklearn.__version__}, {os.cpu_count()} cores, "
           f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}")

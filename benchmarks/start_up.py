@@ -25,6 +25,8 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rounds", type=int, default=10)
     args = p.parse_args()
+    from machine import about
+    print(about(), flush=True)
     print(f"Python {platform.python_version()}, trl {version('trl')}, {os.cpu_count()} cores, {args.rounds} rounds")
     seconds = {name: [] for name in WAYS}
     for n in range(args.rounds + 1):

@@ -11,6 +11,12 @@ def test_there_is_one_for_each_target():
     assert {"joint_step.py", "growth.py", "adapters_memory.py", "extraction.py", "retrieval.py",
             "start_up.py", "launches.py"} <= set(SCRIPTS)
 
+def test_every_benchmark_says_on_what_it_was_run():
+    missing = [n for n in SCRIPTS if n != "machine.py" and "print(about()" not in (FOLDER / n).read_text()]
+    assert missing == []
+    done = subprocess.run([sys.executable, FOLDER / "machine.py"], capture_output=True, text=True, timeout=120)
+    assert "GFLOP/s in float32" in done.stdout and "GFLOP/s in bfloat16" in done.stdout
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help(name):
