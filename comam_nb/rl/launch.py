@@ -96,6 +96,7 @@ def _vllm_takes_adapters(adapters, args: CoMAMConfig) -> None:
     most = next((r for r in (8, 16, 32, 64, 128, 256) if r >= rank), rank) # the ranks that vLLM knows
     trl.LLM = partial(start, enable_lora=True, max_lora_rank=most) if adapters else start
 
+# %% ../../nbs/source/rl/04_launch.ipynb #ad390256
 def settle(
     trainer:Trainer, # just built
     team:Team, # that it trains

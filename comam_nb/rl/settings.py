@@ -158,6 +158,7 @@ def _fill(c: CoMAMConfig) -> None:
                           "those of all trained agents; leave it, and set micro_batches_per_agent to cut rows")
     c.gradient_accumulation_steps = passes
 
+# %% ../../nbs/source/rl/02_settings.ipynb #c60a37ec
 def _cut(c: CoMAMConfig, world: int) -> int:
     "Passes of one agent; sets the rows of a pass."
     share, rest = divmod(c.episodes_per_step, world)
