@@ -30,9 +30,20 @@ SOURCES = [p for p in NOTEBOOKS if p.parent.name != "walkthroughs" and p.name !=
 def name(path):
     return path.relative_to(ROOT).as_posix()
 
-each_module = pytest.mark.parametrize("path", MODULES, ids=name)
-each_source = pytest.mark.parametrize("path", SOURCES, ids=name)
-each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def of_each(paths):
+    "One test over many files that names all that fail; one test a file takes pytest longer than the files do."
+    def over_all(check):
+        def test():
+            failed = []
+            for path in paths:
+                try: check(path)
+                except AssertionError as e: failed.append(f"{name(path)}: {e}")
+            assert not failed, "\n" + "\n".join(failed)
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+    return over_all
+
+each_module, each_source, each_notebook = map(of_each, (MODULES, SOURCES, NOTEBOOKS))
 
 @cache
 def cells(path):
@@ -195,7 +206,7 @@ def test_no_line_of_the_package_is_too_long(path):
 
 BESIDE = [*(p for d in ("tests", "benchmarks", "scripts") for p in (ROOT / d).glob("*.py")), ROOT / "setup.py",
           ROOT / ".ci" / "run"]
-@pytest.mark.parametrize("path", BESIDE, ids=lambda p: str(p.relative_to(ROOT)))
+@of_each(BESIDE)
 def test_no_line_beside_the_package_is_too_long(path):
     assert [l for l in path.read_text(encoding="utf-8").splitlines() if len(l) > MOST_CHARACTERS] == []
 
@@ -294,7 +305,7 @@ def links(text):
     found = re.findall(r"\]\(([^()\s]+)\)", text)
     return [l.split("#")[0] for l in found if not re.match(r"[a-z]+:|#|attachment:", l)]
 
-@pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=name)
+@of_each([*NOTEBOOKS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 def test_links_lead_somewhere(path):
     if path.suffix == ".ipynb":
         texts = [source(c) for c in cells(path) if c["cell_type"] == "markdown"]
