@@ -128,7 +128,7 @@ def test_answers_as_models_write_them(gold, text):
     (r"\frac{1}{900!}", r"\boxed{\frac{1}{901!}}"), (r"2 - \mathrm{e}", r"\boxed{2 + \mathrm{e}}"),
     (r"2, 4, \ldots, 2n", r"\boxed{2, 3, \ldots, 2n}"), (r"\{0, \pi\}", r"\boxed{\{0, \pi + 10^{-18}\}}"),
     ("15", r"\boxed{15 x^2}"), ("3", "答案是 3 万"), ("(0, 5]", r"\boxed{0 \le t \leq 5}"),
-    (r"\text{(B)}", r"\boxed{(A) or (B)}"),
+    (r"\text{(B)}", r"\boxed{(A) or (B)}"), (r"\text{(B)}", r"\boxed{\text{(B)}+1}"),
     ("500", "The answer is five hundred and one"), ("12", "The answer is 12 million."), ("1/2", "The answer is 2½")])
 def test_what_looks_like_the_answer_and_is_not(gold, text):
     assert not check(Task("t", "How many?", check={"kind": "math", "answer": gold}), text).passed

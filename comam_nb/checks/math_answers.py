@@ -263,7 +263,7 @@ def _choice(
 )->str|None: # "c" for `\textbf{(C)}\ 12`; None where no option's letter begins it, or several are named
     "The letter of the option that an answer names, with the option's text behind it."
     s = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|textit)\s*\{([^{}]*)\}", r" \1 ", _clean(s)).strip()
-    m = re.match(r"\(([A-J])\)|([A-J])[.:)](?=\s|$)|([A-J])$", s)
+    m = re.match(r"\(([A-J])\)(?!\s*[+*/^=]|-)|([A-J])[.:)](?=\s|$)|([A-J])$", s)
     return (m[1] or m[2] or m[3]).lower() if m and len(re.findall(r"\([A-J]\)", s)) < 2 else None
 
 _ORDER = {"<": "(", ">": "(", "≤": "[", "≥": "["}
