@@ -44,9 +44,12 @@ def test_every_stage_runs_dry_without_faiss_and_scipy(tmp_path, monkeypatch, cap
         assert l["device"] == "CPU" and l["dtype"] == "float32" and l["versions"]["torch"] and l["dry"], name
         assert [k for k, part in l["result"].items() if isinstance(part, dict) and "error" in part] == [], name
     for family, f in found["equality"]["result"].items():
-        if "window" in family: continue
         assert f["logprobs"] < 1e-5 and f["gradients"] < 1e-5 and f["greedy"] == f["of"], family
     assert len(found["equality"]["result"]) == 6
+    engines = found["engines"]["result"]
+    assert engines.keys() == {"shared prefix", "generate", "generate_batch", "engine"}
+    assert 0 < engines["shared prefix"]["kernels"] < engines["generate"]["kernels"]
+    assert all(f["kernels"] != 0 and f["ms_a_token"] != 0 for f in engines.values()) # None: not counted, and why
     steps = found["joint step, SmolLM2-135M"]["result"]
     assert {"comam, 48", "trl, 48", "trl-batching, 48"} <= steps.keys() and all(s["E"] == 2 for s in steps.values())
     assert [m["step"] for m in found["train"]["result"]["curve"]] == [1, 2] and found["train"]["result"]["from"]

@@ -48,7 +48,7 @@ def add_eval(
     p.add_argument("--user", nargs="+", help="only questions of these users")
     p.add_argument("--against", help="the system that the others are compared with (default: the first)")
     p.add_argument("--embedder", default="hashing", help="hashing, minilm, a directory or a hub id (default hashing)")
-    p.add_argument("--seed", type=int, default=0, help="of the sample")
+    p.add_argument("--seed", type=int, default=0, help="of the sample; with --windows of the agents' draws, too")
     p.set_defaults(policy="adapters", start=None, matcher=None, max_prompt_tokens=None) # --run may bring others
     add_model_arguments(p)
 
@@ -150,9 +150,10 @@ def _check(args)->None:
     if args.questions is not None and args.questions < 1:
         raise CommandError(f"--questions must be at least 1, not {args.questions}")
     if len(set(args.system)) < len(args.system): raise CommandError("a system is named twice")
-    rows = {s: _team_name(s) if Path(s).is_dir() else s for s in args.system} # as the report names them
-    args.against = rows.get(args.against, args.against)
-    if args.against and args.against not in rows.values():
+    rows = [_team_name(s) if Path(s).is_dir() else s for s in args.system] # as the report names them
+    if twice := [r for r in rows if rows.count(r) > 1]:
+        raise CommandError(f"two systems would be called {twice[0]} in the report: rename the directory of one")
+    if args.against and args.against not in (*args.system, *rows):
         raise CommandError(f"--against {args.against}: name one of the systems of this run")
 
 # %% ../../nbs/source/cli/04_evaluate.ipynb #e4ed49ba
@@ -172,12 +173,12 @@ def _ask_windows(args, episodes, out:Path, settings:dict)->list[str]: # names
     from comam_nb.runs.reports import evaluate_systems
     from comam_nb.runs.sources import fit_episodes
     from comam_nb.runs.windows import window_scores
-    teams = {"untrained" if s == "untrained" else _team_name(s): s for s in args.system}
-    for s in teams.values():
+    for s in args.system:
         if s != "untrained" and not Path(s).is_dir():
             raise CommandError(f"--windows asks teams: {s!r} is no weights directory")
     team = _fresh_team(args)
     if args.data != "microworld": episodes = fit_episodes(episodes, team, args.max_prompt_tokens)
+    teams = {"untrained" if s == "untrained" else _team_name(s): s for s in args.system}
     _say(f"{len(episodes)} windows, {len(teams)} teams, into {out}")
     evaluate_systems({}, episodes, out, settings, team["retrieval"].policy, team, args.match, _say)
     for name, place in teams.items():
@@ -206,7 +207,7 @@ def _evaluate(args)->int:
              *(("matcher", "max_prompt_tokens") if args.windows else ("embedder", "adapters")))
     settings = {k: getattr(args, k) for k in names}
     asked = (_ask_windows if args.windows else _ask_systems)(args, episodes, out, settings)
-    text = report(out, args.against or asked[0])
+    text = report(out, dict(zip(args.system, asked)).get(args.against, args.against) or asked[0])
     write_whole(out / "report.md", text)
     write_scores(out, out / "scores.csv")
     print(f"\n{text}\n{out / 'report.md'}")

@@ -249,7 +249,7 @@ def _debiased_table(runs:dict[str, list[dict]], chance:list[dict])->str: # Markd
     return "\n".join(lines)
 
 # %% ../../nbs/source/runs/06_reports.ipynb #46700412
-_LOCAL = {"r_cons_f": "Eq. 9, facts", "r_cons_c": "Eq. 10, profile", "r_ret": "Eq. 11, evidence"}
+_EQUATIONS = {"r_cons_f": "Eq. 9, facts", "r_cons_c": "Eq. 10, profile", "r_ret": "Eq. 11, evidence"}
 
 def _about_intervals(records):
     "What the intervals of a report are over."
@@ -280,7 +280,7 @@ def report(
     if any(r["option"] is None and r["f1"] != r["right"] for r in some):
         parts += ["## Token F1", score_table(runs, against, "f1")]
     if graded: parts += ["## Exact answers", score_table(runs, against, "exact")]
-    for field, what in _LOCAL.items():
+    for field, what in _EQUATIONS.items():
         if teams := {n: rs for n, rs in systems.items() if all(field in r for r in rs)}:
             parts += [f"## {field} ({what})", score_table(teams, against if against in teams else "", field)]
     if table := _debiased_table(runs, without.get("chance", [])): parts += ["## Without the length artefact", table]
@@ -291,7 +291,7 @@ def report(
 
 # %% ../../nbs/source/runs/06_reports.ipynb #be0d139d
 _NUMBERS = ("distance", "right", "f1", "exact", "seconds", "read", "written", "building_seconds", "building_read",
-            "building_written", "held", "length_weight", "length_misses", *_LOCAL)
+            "building_written", "held", "length_weight", "length_misses", *_EQUATIONS)
 _SCORES = ("system", "row", "id", "user", "session", "kind", *_NUMBERS)
 
 def _cell(value): return "" if value is None else int(value) if isinstance(value, bool) else value
@@ -313,10 +313,10 @@ def write_scores(
     return write_whole(path, text.getvalue())
 
 def _score(line:dict)->dict: # a record
-    line = {**dict.fromkeys(("session", *_LOCAL)), **line} # older files do not have these
+    line = {**dict.fromkeys(("session", *_EQUATIONS)), **line} # older files do not have these
     r = {c: line[c] for c in _SCORES} | {c: float(line[c]) if line[c] else None for c in _NUMBERS}
     r["session"] = r["session"] or None
-    for field in _LOCAL:
+    for field in _EQUATIONS:
         if r[field] is None: del r[field] # a team's own rollouts have these
     built = {k: r.pop(f"building_{k}") for k in ("seconds", "read", "written")}
     r["building"] = None if built["seconds"] is None else built

@@ -19,7 +19,7 @@ from .bench import RunFile, record_of
 from ..systems.interface import Answer, chosen_option
 
 # %% ../../nbs/source/runs/12_windows.ipynb #5968a3ec
-_LOCAL = {"r_cons_f": "extraction", "r_cons_c": "profile", "r_ret": "retrieval"}
+_EARNED_BY = {"r_cons_f": "extraction", "r_cons_c": "profile", "r_ret": "retrieval"}
 
 def _number(text:str)->int: return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
 
@@ -31,7 +31,7 @@ def _window_record(t:Trajectory, rewards:Rewards, seconds:float)->dict:
     answer = Answer(end.answer, chosen_option(text, e.options), reply=text)
     ids = [(len(x.prompt_ids), len(x.action_ids)) for x in t.transitions]
     read, written = map(sum, zip(*ids))
-    return record_of(answer, e, rewards.match) | {k: score(t[a].reward) for k, a in _LOCAL.items()} | dict(
+    return record_of(answer, e, rewards.match) | {k: score(t[a].reward) for k, a in _EARNED_BY.items()} | dict(
         right=score(t.answer_reward), seconds=round(seconds, 4), read=read, written=written,
         malformed=sum(x.action.malformed for x in t.transitions), evidence=sorted(end.evidence),
         gold_turns=sorted(gold), held=gold <= rewards.matcher(known, e.turns))
