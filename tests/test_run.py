@@ -216,7 +216,9 @@ def test_users_are_kept_apart_from_training_to_the_test(tmp_path, capsys):
     assert all(r["session"] for r in teams["untrained"])
     assert main([*windows, "--out", str(tmp_path / "windows")]) == 0 # nobody is asked twice
     assert "untrained: " not in capsys.readouterr().out
-    for bad, why in ((["--system", "rag"], "asks teams: 'rag'"), (["--against", "zoe"], "--against zoe")):
+    twice = ["--system", str(out), str(out / "weights")]
+    for bad, why in ((["--system", "rag"], "asks teams: 'rag'"), (["--against", "zoe"], "--against zoe"),
+                     (twice, "two systems would be called comam-run")):
         assert main([*windows[:-2], *bad, "--out", str(tmp_path / "none")]) == 2 and why in capsys.readouterr().err
     assert main(["eval", "--windows", "--system", str(out / "weights")]) == 2
     assert "--windows goes with --run" in capsys.readouterr().err
