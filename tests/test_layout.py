@@ -115,7 +115,8 @@ def test_no_notebook_demonstrates_with_a_higher_module(path):
     for c in cells(path):
         if c["cell_type"] != "code":
             continue
-        for other in re.findall(r"^\s*(?:from|import) comam_nb\.([\w.]+)", source(c), re.M):
+        for other, name in re.findall(r"^\s*(?:from|import) comam_nb\.([\w.]+)(?: import (\w+))?", source(c), re.M):
+            other = f"{other}.{name}" if f"{other}.{name}" in PLACES else other
             assert other in PLACES, f"{path.name} imports {other}, which no notebook exports"
             assert PLACES[other] <= own, f"{path.name} imports {other}, which stands higher"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 from comam_nb.checks import sandbox
-from comam_nb.checks.rooms import _decode, _encode
+from comam_nb.checks.codec import _decode, _encode
 from comam_nb.checks.sandbox import (Execution, Verdict, _globals_used, _names_under_test, _walls_here, _confinement,
                                      execute, run_python)
 from comam_nb.base.errors import MemCollabError
@@ -385,6 +385,354 @@ def wait_for(condition, seconds=10):
         time.sleep(.05)
 
 
+# ---- what an honest test may be made of: tests above, the program below
+V = """
+class V:
+    def __init__(self, x): self.x = x
+    def __add__(self, o): return V(self.x + o.x)
+    def __eq__(self, o): return self.x == o.x
+    def __str__(self): return f'<{self.x}>'
+"""
+BAG = """
+class Bag:
+    def __init__(self, xs): self.xs = xs
+    def __contains__(self, x): return x in self.xs
+    def has(self, x): return x in self.xs
+    def __len__(self): return len(self.xs)
+"""
+HONEST = """
+## date given
+from datetime import date
+assert f(date(2020, 2, 28)) == 28
+--
+def f(d): return d.day
+## times returned
+from datetime import *
+assert f(1) == datetime(2020, 1, 1, tzinfo=timezone.utc) + timedelta(hours=1)
+assert g() == time(3)
+--
+from datetime import *
+def f(h): return datetime(2020, 1, 1, h, tzinfo=timezone.utc)
+def g(): return time(3)
+## functions given
+from operator import add
+assert f(lambda v: v + 1, 3) == 4 and f(len, 'ab') == 2
+assert f(str.upper, 'a') == 'A' and f([1].count, 1) == 1
+from functools import partial
+assert f(partial(add, 1), 2) == 3
+--
+def f(g, x): return g(x)
+## a function that fails
+def no(x): raise KeyError(x)
+assert f(no) == ('a',)
+--
+def f(g):
+    try: g('a')
+    except KeyError as e: return e.args
+## functions that call each other
+def even(n, odd): return n == 0 or odd(n - 1, even)
+assert f(4, even) is False
+--
+def f(n, even): return n != 0 and even(n - 1, f)
+## a decorator
+@f
+def q(x):
+    'says q'
+    return x
+assert q(3) == 4 and q.__name__ == 'q'
+--
+import functools
+def f(g):
+    @functools.wraps(g)
+    def h(*a): return g(*a) + 1
+    return h
+## the tests' own class
+class A:
+    def __init__(self, v): self.v = v
+    def __lt__(self, o): return self.v < o.v
+assert f([A(2), A(1)]) == 2
+assert g([A(2), A(1)]).v == 1
+--
+def f(xs): return max(x.v for x in xs)
+def g(xs): return sorted(xs)[0]
+## collections
+from collections import *
+assert f('aab').most_common(1) == [('a', 2)] and f('a')['z'] == 0
+assert g()[5] == [] and h(1, 2).x == 1 and h(1, 2) == (1, 2)
+assert o() == OrderedDict(a=1, b=2) and o() != OrderedDict(b=2, a=1)
+assert q().maxlen == 2 and list(k({'a': 1})) == ['a'] and k({'a': 1}) == {'a'}
+--
+from collections import *
+P = namedtuple('P', 'x y')
+def f(s): return Counter(s)
+def g(): return defaultdict(list)
+def h(x, y): return P(x, y)
+def o(): return OrderedDict(a=1, b=2)
+def q(): return deque([1, 2, 3], 2)
+def k(d): return d.keys()
+## an enumeration
+assert f(1) == C.RED and f('b') is C.BLUE and f(1).name == 'RED' and len(C) == 2
+--
+from enum import Enum
+class C(Enum):
+    RED = 1
+    BLUE = 'b'
+def f(x): return C(x)
+## own errors
+try: f(3)
+except Base as e: assert e.code == 3 and str(e) == 'code 3'
+else: assert False
+try: f(4)
+except ValueError as e: assert type(e).__name__ == 'Bad'
+--
+class Base(ValueError): pass
+class Bad(Base):
+    def __init__(self, code): self.code = code
+    def __str__(self): return f'code {self.code}'
+def f(x): raise Bad(x)
+## errors given and returned
+assert f(ValueError('a')) == 'a' and g().args == ('b',)
+--
+def f(e): return e.args[0]
+def g(): return KeyError('b')
+## pytest
+import pytest
+with pytest.raises(ValueError, match='no'): f(-1)
+assert g() == pytest.approx(.3)
+--
+def f(x): raise ValueError('no')
+def g(): return .1 + .2
+## unittest
+import unittest
+class T(unittest.TestCase):
+    def test_a(self): self.assertEqual(f(3), 9)
+    def test_b(self): self.assertRaises(TypeError, f, 'a')
+--
+def f(x): return x*x
+## test functions
+def test_f():
+    assert f(3) == 9
+--
+def f(x): return x*x
+## numpy
+import numpy as np
+assert np.allclose(f(np.array([1., 2.])), [2, 4])
+assert (g(2) == np.eye(2)).all()
+--
+import numpy as np
+def f(a): return a*2
+def g(n): return np.eye(n)
+## own objects
+n = Node(1)
+n.next = Node(2)
+assert total(n) == 3 and n.next.v == 2 and n.next.next is None
+--
+class Node:
+    def __init__(self, v): self.v, self.next = v, None
+def total(n): return n.v + total(n.next) if n else 0
+## own operators
+assert (V(1) + V(2)).x == 3 and str(V(3)) == '<3>' and isinstance(V(1), V)
+--
+V
+## own containers
+b = Bag([1, 2])
+assert 1 in b and 3 not in b and len(b) == 2
+assert b.has(1) and not b.has(3)
+--
+BAG
+## with
+log = []
+with Door(log.append) as d: assert d.open
+assert log == ['in', 'out'] and not d.open
+--
+class Door:
+    def __init__(self, say): self.say, self.open = say, False
+    def __enter__(self):
+        self.say('in')
+        self.open = True
+        return self
+    def __exit__(self, *a):
+        self.say('out')
+        self.open = False
+## asyncio inside
+assert f(3) == 9
+--
+import asyncio
+async def g(x):
+    await asyncio.sleep(0)
+    return x*x
+def f(x): return asyncio.run(g(x))
+## asyncio with threads
+assert f(3) == [9, 9]
+--
+import asyncio
+async def g(x):
+    return await asyncio.gather(*(asyncio.to_thread(lambda: x*x) for _ in range(2)))
+def f(x): return asyncio.run(g(x))
+## a coroutine
+import asyncio
+assert asyncio.run(f(3)) == 9
+async def two(): return await f(2) + await f(1)
+assert asyncio.run(two()) == 5
+--
+async def f(x): return x*x
+## changed in place
+xs, d = [3, 1, 2], {'a': [1]}
+f(xs, d)
+assert xs == [1, 2, 3] and d == {'a': [1, 2], 'b': 0}
+m = [[1, 2], [3, 4]]
+row = m[0]
+g(m)
+assert m == [[9, 2], [3, 4]] and row[0] == 9
+--
+def f(xs, d):
+    xs.sort()
+    d['a'].append(2)
+    d['b'] = 0
+def g(m): m[0][0] = 9
+## generators
+from itertools import islice
+assert list(islice(f(), 5)) == [0, 1, 2, 3, 4]
+g = f()
+assert (next(g), next(g)) == (0, 1)
+assert sum(map(int, h(x for x in '12'))) == 3
+--
+from itertools import count
+def f(): yield from count()
+def h(xs): return (x for x in xs)
+## a generator that fails late
+g = f()
+assert next(g) == 1
+try: next(g); assert False
+except ValueError: pass
+--
+def f():
+    yield 1
+    raise ValueError
+"""
+
+
+@pytest.mark.parametrize("case", HONEST.split("## ")[1:], ids=lambda c: c.split("\n")[0])
+def test_whatever_an_honest_test_is_made_of(case):
+    tests, code = case.split("\n", 1)[1].split("--\n")
+    assert run_python({"V\n": V, "BAG\n": BAG}.get(code, code), tests).reason == "passed"
+
+
+# ---- an object that speaks for itself: (test, program's class); each says yes to everything
+YES = ("class Y:\n    def __getattr__(self, name):\n        if name.startswith('__'): raise AttributeError(name)\n"
+       "        return lambda *a: {answer}\n    def __contains__(self, x): return True\n"
+       "    def __sub__(self, o): return 0\n"
+       "    def __rsub__(self, o): return 0\n    def __or__(self, o): return Y()\n    def __len__(self): return 1\n"
+       "    def __eq__(self, o): return True\n    __lt__ = __le__ = __gt__ = __ge__ = __eq__\n    __hash__ = None\n"
+       "    def __call__(self, *a): return True\ndef f(x): return Y()")
+FORGED = ["f(3).equals(9)", "f(3).startswith('9')", "f(3).issubset({9})", "f(3).equals(9) is True", "f(3) == 9",
+          "9 == f(3)", "9 in f(3)", "abs(f(3) - 9) < 1e-6", "abs(9 - f(3)) < 1e-6", "f(3) <= 9 <= f(3)",
+          "f(3).compare(9) == 0", "f(3).index(9) == 0", "f(3).part.equals(9)", "f(3).equals(other=9)",
+          "[f(3)] == [9]", "{'a': f(3)} == {'a': 9}", "f(3) in [9]", "len(f(3) | {9}) == 1", "f(3)(9)",
+          "max(f(3), 9) == 9",
+          "sorted([9, f(3)]) == [9, 9]", "any(f(3).equals(x) for x in (9,))", "__import__('operator').eq(f(3), 9)",
+          "f(3).__eq__(9)", "isinstance(f(3), int)", "f(3).child().matches(9)", "f(3).view.issuperset([9])"]
+
+
+@pytest.mark.parametrize("answer", ["True", "1", "0", "'yes'", "[1]", "Y()"])
+def test_an_object_does_not_judge_itself(answer):
+    "An object of the code's own says what it likes of an expected value, and no verdict rests on it."
+    code, kept = YES.replace("{answer}", answer), []
+    for test in FORGED:
+        verdict = run_python(code, f"assert {test}")
+        if verdict.passed: kept.append(test)
+        assert verdict.fault in ("wrong", "judge") or verdict.passed
+    # 0 is what compare(9) gives for equal; still nobody but the object says so
+    assert kept == []
+
+
+def test_what_forged_yeses_are_called():
+    "A yes of the object is the code's mistake; what only its class can know is beyond the judge."
+    yes = YES.replace("{answer}", "True")
+    said = {t: run_python(yes, f"assert {t}") for t in ("f(3).equals(9)", "f(3).startswith('9')", "f(3).issubset({9})")}
+    assert {v.fault for v in said.values()} == {"wrong"} and all("wrong answer" in v.reason for v in said.values())
+    assert run_python(V, "assert V(1) + V(2) == V(3)").fault == "judge"
+    assert run_python(BAG, "assert 1 in Bag([1])").fault == "judge"          # a class under test, and only a yes
+    assert run_python(BAG, "assert 1 in Bag([1])\nassert 2 in Bag([1])").fault == "wrong"
+    assert run_python("def f(g): return lambda x: True", "assert f(abs)(9)").fault == "judge"
+
+
+# ---- the other direction: what the code can do with what a test hands over
+SPYING = [
+    "g.__globals__", "g.__code__.co_consts", "g.__closure__", "g.__defaults__", "g.__self__", "g.__func__.__globals__",
+    "type(g).__call__.__globals__", "g.__class__.__mro__", "g.gi_frame", "object.__getattribute__(g, '__globals__')",
+    "g._line.ask('attr', g._number, '__globals__')", "g._line.ask('attr', g._number, '__init__')",
+    "g._line.ask('set', g._number, 'x', 1)", "g._line.ask('do', g._number, 'getitem', ['l', []])",
+    "[g._line.ask('attr', n, '__globals__') for n in range(9)]", "g._line.ask('attr', -1, '__dict__')",
+    "g._line.ask('get', 'SECRET')", "g._line.ask('load', '')", "g._line.ask('more', g._number, 5)",
+    "g._line.ask('run', g._number)", "g._line.ask('call', g._number, ['m', 'os', 'system'], ['d', []])"]
+SPY = "def f(g):\n    found = []\n" + "".join(
+    f"    try: found.append(repr({body}))\n    except BaseException: pass\n" for body in SPYING) + "    return found"
+
+
+@pytest.mark.parametrize("given", ["lambda x=4242: 4242", "A().secret", "A()", "A", "iter([1])"])
+def test_what_is_handed_over_is_no_window(given):
+    tests = ("SECRET = 4242\nclass A:\n    '''a class'''\n    def __init__(self): self.__hidden = SECRET\n"
+             f"    def secret(self, x=SECRET): return 0\nsaid = f({given})\nassert '4242' not in str(said), said")
+    assert run_python(SPY, tests).passed
+    assert not run_python(SPY.replace("g.__globals__", "4242", 1), tests).passed     # the test can fail
+
+
+HOSTILE_ANSWERS = {
+    "changes though it returns": "line.perform = lambda op, *a: [['l', []], ['l', [['l', [['l', []]]], ['d', []]]]] "
+                                 "if op == 'call' else real(op, *a)",
+    "a class of the system": "line.perform = lambda op, *a: [['m', 'os', 'system']] if op == 'call' else real(op, *a)",
+    "a function": "line.perform = lambda op, *a: [['m', 'builtins', 'eval']] if op == 'call' else real(op, *a)",
+    "a type that is none": "line.perform = lambda op, *a: [['p', 'os.system', ['id']]] "
+                           "if op == 'call' else real(op, *a)",
+    "an array of anything": "line.perform = lambda op, *a: [['p', 'numpy.ndarray', ['V9', [1], ['l', [1]]]]] "
+                            "if op == 'call' else real(op, *a)",
+    "an object of the judge": "line.perform = lambda op, *a: [['y', 0]] if op == 'call' else real(op, *a)",
+    "an enumeration with powers": "line.perform = lambda op, *a: [['E', 'mro', 'Enum', [['mro', 1]], [1]]] "
+                                  "if op == 'call' else real(op, *a)",
+    "an error with a thousand classes": "line.send = lambda *m: send(*m[:2], 'error', ['x', ['E']*10**4, [], [], ''])",
+    "asks for ever": "line.perform = lambda op, *a: [line.ask('call', 0, ['l', []], ['d', []])]",
+    "no value at all": "line.send = lambda *m: send(*m[:2], 'value')",
+    "a word that is none": "line.send = lambda *m: send('maybe', *m[1:])",
+}
+
+
+@pytest.mark.parametrize("body", HOSTILE_ANSWERS.values(), ids=HOSTILE_ANSWERS)
+def test_an_answer_that_no_honest_program_gives(body, world):
+    code = ("import sys\nframe = sys._getframe()\nwhile 'self' not in frame.f_locals or "
+            "not hasattr(frame.f_locals['self'], 'numbers'): frame = frame.f_back\n"
+            f"line = frame.f_locals['self']\nreal, send = line.perform, line.send\ndef f(xs): return xs\n{body}")
+    verdict = run_python(code, "xs = [3, 1, 2]\nassert f(xs) == sorted(xs)", timeout=1)
+    assert not verdict.passed and "broke" not in verdict.reason
+
+
+def test_time_is_the_codes_own():
+    "Eight programs beside each other get the verdict that each gets alone; the judge's work is not the code's."
+    n = 2_000_000
+    code = "def f(n):\n    s = 0\n    for i in range(n): s += i*i % 7\n    return s"
+    alone = run_python(code, f"assert f({n}) > 0", timeout=60).seconds
+    with ThreadPoolExecutor(8) as pool:
+        crowd = list(pool.map(lambda _: run_python(code, f"assert f({n}) > 0", timeout=max(1, 4*alone)), range(8)))
+    assert all(v.passed for v in crowd)
+    tests = "s = 0\nfor i in range(3_000_000): s += i\nassert f(3) == 9"
+    assert run_python("def f(x): return x*x", tests, timeout=5).passed
+    late = run_python("def f(x): return x*x", "f(3)\nwhile True: pass", timeout=.5)
+    assert (late.fault, "tests" in late.reason) == ("judge", True)
+    assert run_python("def f(x):\n    while True: pass", TESTS, timeout=.5).fault == "time"
+
+
+def test_whose_fault_it_is():
+    right, wrong = "def f(x): return x*x", "def f(x): return x+x"
+    assert [run_python(c, TESTS).fault for c in (right, wrong, "def f(x): return 1/0", "f = ")] == ["", *["wrong"]*3]
+    assert run_python("import os\ndef f(x):\n    os.fork()\n    return x*x", TESTS).fault == "judge"
+    assert run_python(right, "import sys\nf(3)\nassert f(sys) == 1").fault == "judge"
+    assert run_python(right, {"tests": "assert True", "entry_point": "f"}).fault == "judge"
+    assert Verdict(False, "timeout").fault == "time" and Verdict(False, "no").fault == "wrong"
+    assert Verdict.from_json(Verdict(False, "no", 1.0, "judge").to_json()) == Verdict(False, "no", 1.0, "judge")
+    with pytest.raises(MemCollabError, match="import no_such_package, which is not installed.*pip install no_such"):
+        run_python(right, "import no_such_package\nassert f(3) == 9")
+
+
 # ---- honest programs
 @pytest.mark.slow
 def test_reference_solutions_of_mbpp_pass(shared):
@@ -428,7 +776,7 @@ def test_reasons():
                          "def f(x): return [0]*10**10": "memory",
                          "import os\ndef f(x): os.abort()": "ended: the code's process was gone",
                          "def f(): pass": "error: TypeError: ", "def f(x): return None": "wrong answer",
-                         "import numpy": "error: ModuleNotFoundError: "}.items():
+                         "import no_such_package": "error: ModuleNotFoundError: "}.items():
         assert (v := run_python(code, TESTS)).reason.startswith(reason) and not v.passed, v
     assert run_python("def f(x):\n    while True: pass", TESTS, timeout=.5).reason == "timeout"
 
@@ -565,10 +913,12 @@ def test_execute():
     with pytest.raises(MemCollabError, match="max_output is 0"): execute("1", max_output=0)
 
 
-def test_packages_only_on_request():
+def test_packages_are_there_for_who_imports_them():
     code = "import numpy as np\ndef f(x): return np.int64(x)**2"
-    assert not run_python(code, TESTS, timeout=30).passed
-    assert run_python(code, TESTS, timeout=30, memory_mb=4096, packages=True).passed
+    assert run_python(code, TESTS, timeout=30).passed and "1." in execute("import numpy\nprint(numpy.ones(2))").stdout
+    assert "No module named 'numpy'" in run_python(code, TESTS, timeout=30, packages=False).reason
+    hidden = "def f(x): return x*x if 'site-packages' not in ' '.join(__import__('sys').path) else 0"
+    assert run_python(hidden, TESTS).passed               # and for nobody else
 
 
 @linux

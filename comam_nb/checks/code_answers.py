@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from ..base.errors import MemCollabError
 from .math_answers import check_exact, check_math
-from .sandbox import Verdict, run_python
-from .tasks import Task, parse_python
+from .sandbox import Verdict, parse_python, run_python
+from .tasks import Task
 from ..lm.chat import without_thinking
 
 # %% ../../nbs/source/checks/06_code_answers.ipynb #03ecd595
@@ -156,7 +156,7 @@ def _without_demo(code:str)->str:
 def _check_code(
     task:Task,          # its check is of kind "code"
     text:str,           # all that the solver wrote last
-    timeout:float=4.0,  # seconds, wall clock
+    timeout:float=4.0,  # seconds of the program's own time
     memory_mb:int=1024, # of the child process
 )->Verdict:
     "Checker I of Algorithm 1 for code: do all tests of a task pass on the code in a text?"
@@ -173,9 +173,12 @@ def check(
     task:Task, # with a check
     text:str,  # all that the solver wrote last
 )->Verdict:
-    "Is a solver's final text right? Raises `MemCollabError` for a task without a check."
+    "Is a solver's final text right? Raises `MemCollabError` for a task without a check, and where no judge can tell."
     kind = task.check.get("kind")
     if kind == "math": return check_math(task.check["answer"], text, task.prompt)
     if kind == "exact": return check_exact(task.check["answer"], text)
-    if kind == "code": return _check_code(task, text)
+    if kind == "code":
+        verdict = _check_code(task, text)
+        if verdict.fault != "judge": return verdict
+        raise MemCollabError(f"task {task.id!r}: {verdict.reason}: nothing is said about the code")
     raise MemCollabError(f"task {task.id!r} has no check: give one, such as {{'kind': 'math', 'answer': '18'}}")

@@ -6,78 +6,13 @@
 __all__ = ['room_source']
 
 # %% ../../nbs/source/checks/02_rooms.ipynb #559bc977
-import inspect, itertools, os
+import inspect, os
 
-# %% ../../nbs/source/checks/02_rooms.ipynb #f0e28cb6
-_MAX_ITEMS = 1_000_000      # elements taken from an iterator
-_MAX_MESSAGE = 16 * 2**20   # bytes in one answer
-
-def _encode(
-    x,     # any value
-    keep,  # function that stores an object which is not a plain value, and returns its number
-):  # what json.dumps accepts: None, bool, str, int, or [tag, ...]
-    "A value as tagged JSON. Subclasses of plain types are reduced to the plain type by the base type's own methods."
-    many = lambda xs: [_encode(v, keep) for v in xs]
-    if x is None or x is True or x is False: return x
-    if isinstance(x, str): return str.__str__(x)
-    if isinstance(x, int):
-        x = int.__add__(x, 0)
-        return x if -2**53 < x < 2**53 else ["i", hex(x)]
-    if isinstance(x, float): return ["f", float.hex(x)]
-    if isinstance(x, complex): return ["c", complex.real.__get__(x).hex(), complex.imag.__get__(x).hex()]
-    if isinstance(x, (bytes, bytearray)): return ["b" if isinstance(x, bytes) else "B", bytes(x).hex()]
-    if isinstance(x, list): return ["l", many(list.__iter__(x))]
-    if isinstance(x, tuple): return ["t", many(tuple.__iter__(x))]
-    if isinstance(x, dict): return ["d", [many(kv) for kv in list(dict.items(x))]]
-    if isinstance(x, set): return ["s", many(set.__iter__(x))]
-    if isinstance(x, frozenset): return ["z", many(frozenset.__iter__(x))]
-    if isinstance(x, range): return ["r", *many([x.start, x.stop, x.step])]
-    return _encode_other(x, keep)
-
-# %% ../../nbs/source/checks/02_rooms.ipynb #725376ca
-def _encode_other(
-    x,     # a value that `_encode` has no plain type for
-    keep,  # as in `_encode`
-)->list:   # [tag, ...]
-    "Fractions, decimals, deques, numpy scalars and iterators by value; everything else as a handle."
-    t, module = type(x), type(x).__module__
-    if module == "fractions" and t.__name__ == "Fraction":
-        return ["F", _encode(x.numerator, keep), _encode(x.denominator, keep)]
-    if module in ("decimal", "_pydecimal") and t.__name__ == "Decimal": return ["D", str(x)]
-    if module == "collections" and t.__name__ == "deque": return ["q", [_encode(v, keep) for v in x]]
-    if module == "numpy" and getattr(x, "shape", None) == () and hasattr(x, "item"): return _encode(x.item(), keep)
-    if hasattr(t, "__next__"):
-        items = list(itertools.islice(x, _MAX_ITEMS + 1))
-        if len(items) > _MAX_ITEMS: raise ValueError(f"an iterator with more than {_MAX_ITEMS} elements")
-        return ["g", [_encode(v, keep) for v in items]]
-    return ["h", keep(x), t.__name__]
-
-# %% ../../nbs/source/checks/02_rooms.ipynb #6f358e46
-def _decode(
-    v,       # what json.loads returned for one value
-    handle,  # function (number, type name) -> stand-in for an object on the other side
-):           # the value, made of exactly the built-in types
-    "The inverse of `_encode`; raises ValueError, TypeError or another Exception for what `_encode` does not write."
-    if v is None or type(v) in (bool, str, int): return v
-    if type(v) is not list or not v or type(v[0]) is not str: raise ValueError("not an encoded value")
-    tag, *args = v
-    every = lambda xs: [_decode(x, handle) for x in xs]
-    if tag == "i": return int(*args, 16)
-    if tag == "f": return float.fromhex(*args)
-    if tag == "c": return complex(*map(float.fromhex, args))
-    if tag in "bB": return (bytes if tag == "b" else bytearray).fromhex(*args)
-    if tag == "r": return range(*map(int, every(args)))
-    if tag == "F": return __import__("fractions").Fraction(*map(int, every(args)))
-    if tag == "D": return __import__("decimal").Decimal(*args)
-    if tag == "h" and type(args[0]) is int: return handle(args[0], str(args[1]))
-    [items] = args
-    if tag == "d": return {_decode(k, handle): _decode(x, handle) for k, x in items}
-    if tag == "q": return __import__("collections").deque(every(items))
-    if tag in ("l", "t", "s", "z", "g"):
-        return {"l": list, "t": tuple, "s": set, "z": frozenset, "g": iter}[tag](every(items))
-    raise ValueError(f"unknown tag {tag[:20]!r}")
+from . import codec
 
 # %% ../../nbs/source/checks/02_rooms.ipynb #42d25b6b
+_MAX_MESSAGE = 16 * 2**20   # bytes in one message that the judge reads
+
 def _read_line(
     fd:int,               # file descriptor to read from
     limit:int=_MAX_MESSAGE, # bytes
@@ -94,38 +29,201 @@ def _read_line(
             return line
     return b""
 
-# %% ../../nbs/source/checks/02_rooms.ipynb #8d939bd7
-_SERVE = '''
-def serve(job, ask, answer):
-    "Load the code, then answer the judge's questions, one line each."
-    space = types.ModuleType("solution")
-    sys.modules["solution"], objects = space, []
-    def keep(x):
-        objects.append(x)
-        return len(objects) - 1
-    def load():
-        for name in ("setup", "code"): exec(compile(job[name], f"<{name}>", "exec", dont_inherit=True), space.__dict__)
-    def get(name):
-        if name not in space.__dict__: raise NameError(f"name {name!r} is not defined")
-        value = space.__dict__[name]
-        return ["h", keep(value), "name"] if callable(value) else _encode(value, keep)
-    plain = lambda v: _decode(v, lambda number, kind: objects[number])
-    do = {"load": lambda: _encode(load(), keep), "get": get,
-        "call": lambda f, args, kw: _encode(objects[f](*plain(args), **plain(kw)), keep),
-        "attr": lambda o, name: _encode(getattr(objects[o], name), keep),
-        "iter": lambda o: _encode(iter(objects[o]), keep),
-        "item": lambda o, key: _encode(objects[o][plain(key)], keep),
-        "len": lambda o: _encode(len(objects[o]), keep), "truth": lambda o: bool(objects[o])}
-    for line in open(ask, "rb"):
-        nonce, op, *args = json.loads(line)
-        try: reply = json.dumps([nonce, "value", do[op](*args)])
-        except BaseException as e:
-            try: text = str(e)
-            except BaseException: text = ""
-            reply = json.dumps([nonce, "error", [c.__name__ for c in type(e).__mro__], text[:1000]])
-        data = memoryview(reply.encode() + b"\\n")
-        while data: data = data[os.write(answer, data):]
+# %% ../../nbs/source/checks/02_rooms.ipynb #01aef205
+_HANDLE = '''
+class Refused(BaseException): "The candidate lost its case; no test can catch this by accident."
+
+class Handle:
+    "Stands for an object in the other room: what is done with it is done there."
+    __slots__ = "_line", "_number", "_kind", "_whose"
+    def __init__(self, line, number, kind): self._line, self._number, self._kind, self._whose = line, number, kind, ""
+    def __call__(self, *args, **kw): return self._line.call(self, args, kw)
+    def __getattr__(self, name): return self._line.attribute(self, name)
+    def __setattr__(self, name, value):
+        if name in Handle.__slots__: object.__setattr__(self, name, value)
+        else: self._line.ask("set", self._number, name, self._line.out(value))
+    def __contains__(self, item): return self._line.holds(self, item)
+    def __hash__(self): return object.__hash__(self)
+
+ARITHMETIC = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
+COMPARISONS = "eq ne lt le gt ge".split()
+
+def stand_in(name):
+    "The method of a Handle for one of Python's operations."
+    def method(self, *args): return self._line.do(self, name, args)
+    return method
+for name in [*ARITHMETIC, *("r" + n for n in ARITHMETIC), *COMPARISONS, *"""len bool str repr int float index abs neg
+             pos invert round iter reversed getitem setitem delitem enter exit instancecheck""".split()]:
+    setattr(Handle, f"__{name}__", stand_in(name))
+
+def operate(name, x, *args):
+    "One of Python's operations, as its sign or its function has it, and not by a method's name."
+    import operator
+    if name == "contains": return args[0] in x
+    if name == "instancecheck": return isinstance(args[0], x)
+    if name in ("iter", "reversed", "len", "bool", "str", "repr", "int", "float", "abs", "round"):
+        return getattr(builtins, name)(x, *args)
+    if name in ("enter", "exit"): return getattr(type(x), f"__{name}__")(x, *args)
+    if name[0] == "r" and name[1:] in ARITHMETIC: return getattr(operator, f"__{name[1:]}__")(args[0], x)
+    return getattr(operator, f"__{name}__")(x, *args)
 '''
+
+# %% ../../nbs/source/checks/02_rooms.ipynb #d98f7f5d
+_LINE = '''
+class Line:
+    "One end of the two pipes: asks the other room, and answers it while it waits."
+    longest = 16*_MAX_MESSAGE   # bytes in a message
+    def __init__(self, read, write):
+        self.read, self.write, self.objects, self.numbers, self.errors = read, write, [], {}, {}
+    def send(self, *message):
+        data = memoryview(json.dumps(message).encode() + b"\\n")
+        while data: data = data[os.write(self.write, data):]
+    def receive(self):
+        "(word, nonce, op or kind, …); raises EOFError when the other room is gone."
+        if line := _read_line(self.read, self.longest): return json.loads(line)
+        raise EOFError
+    def exchange(self, op, *args):
+        "The answer to a question: what kind it is, and values. What the other room asks meanwhile is answered first."
+        nonce = os.urandom(8).hex()
+        self.send("ask", nonce, op, *args)
+        while True:
+            word, echo, kind, *rest = self.receive()
+            if word == "answer" and echo == nonce: return kind, [_decode(v, self) for v in rest]
+            if word != "ask": raise ValueError("an answer to another question")
+            self.serve(echo, kind, *rest)
+    def ask(self, op, *args):
+        "The value that a question is answered with; raises what was raised there."
+        kind, values = self.exchange(op, *args)
+        if kind == "error": raise values[0]
+        return values if op == "call" else values[0]
+    def serve(self, nonce, op, *args):
+        "Do what was asked for, and answer."
+        try: reply = ["value", *self.perform(op, *args)]
+        except Refused: raise
+        except BaseException as e: reply = ["error", ["x", *_encode_error(e, self)]]
+        try: self.send("answer", nonce, *reply)
+        except (RecursionError, ValueError) as e:
+            self.send("answer", nonce, "error", ["x", *_encode_error(e, self)])
+    def perform(self, op, number, *args):
+        "What a question asks for: a list of encoded values."
+        x, plain = self.objects[number], lambda v: _decode(v, self)
+        if op == "call":
+            args, kw = map(plain, args)
+            result = x(*args, **kw)
+            # what returns nothing may have changed what it was given: that goes back too
+            return [self.out(result)] if result is not None else [None, self.out([args, kw])]
+        if op == "attr": return [self.out(getattr(x, args[0]))]
+        if op == "set": return [setattr(x, args[0], plain(args[1]))]
+        if op == "do": return [self.out(operate(args[0], x, *plain(args[1])))]
+        if op == "more": return [self.more(x, number, *args)]
+        if op == "run": return [self.out(__import__("asyncio").run(awaited(x)))]
+        raise ValueError(f"unknown question {op[:20]!r}")
+    def more(self, x, number, size):
+        "The next elements of an iterator, and whether it has ended."
+        items = []
+        try:
+            while len(items) < size: items.append(self.out(next(x)))
+        except StopIteration: return ["t", [["l", items], True]]
+        except Exception as e:
+            if not items: raise
+            self.objects[number] = fails(e)
+        return ["t", [["l", items], False]]
+    # ---- what crosses, and as what it arrives
+    def out(self, x): return _encode(x, self)
+    def keep(self, x):
+        "What stands for an object that stays in this room; the same object has the same number."
+        if type(x) is Handle: return ["y", x._number]
+        if id(x) not in self.numbers:
+            self.numbers[id(x)] = len(self.objects)
+            self.objects.append(x)
+        tag = "g" if hasattr(type(x), "__next__") else "w" if hasattr(type(x), "__await__") else "h"
+        return [tag, self.numbers[id(x)], type(x).__name__]
+    def handle(self, tag, number, kind):
+        made = Handle(self, number, kind)
+        return elements(made) if tag == "g" else result(made) if tag == "w" else made
+    def error_class(self, names):
+        "The class here of an exception there, by the names of its classes."
+        known = getattr(builtins, names[0], None)
+        if isinstance(known, type) and issubclass(known, BaseException): return known
+        if names[0] not in self.errors:
+            if len(names) > 50: raise ValueError("too many classes")
+            said = lambda e: getattr(e, "said", "")
+            self.errors[names[0]] = type(names[0], (self.error_class(names[1:]),), {"__str__": said})
+        return self.errors[names[0]]
+    # ---- what is done with a Handle
+    def call(self, handle, args, kw):
+        value, *changed = self.ask("call", handle._number, self.out(list(args)), self.out(kw))
+        if value is None: put_back([list(args), kw], *changed)
+        return value
+    def attribute(self, handle, name): return self.ask("attr", handle._number, name)
+    def do(self, handle, name, args): return self.ask("do", handle._number, name, self.out(list(args)))
+    def holds(self, handle, item): return self.do(handle, "contains", [item])
+'''
+
+# %% ../../nbs/source/checks/02_rooms.ipynb #5c9dcdda
+_CROSSING = '''
+def elements(handle):
+    "An iterator over what an iterator in the other room gives."
+    size, ended = 1, False
+    while not ended:
+        items, ended = handle._line.ask("more", handle._number, size)
+        yield from items
+        size = min(2*size, 1024)
+
+async def result(handle): return handle._line.ask("run", handle._number)
+async def awaited(x): return await x
+def fails(error):
+    raise error
+    yield
+
+def put_back(old, new):
+    "A value as it is now in the other room: the same object, changed in place, where it can be."
+    if old is new or type(old) is not type(new): return new
+    if type(old) is Handle: return old if old._number == new._number else new
+    if isinstance(old, (list, tuple)): now = [put_back(a, b) for a, b in zip(old, new)] + list(new[len(old):])
+    if isinstance(old, dict): now = {k: put_back(old[k], v) if k in old else v for k, v in new.items()}
+    if isinstance(old, (dict, set)):
+        old.clear()
+        old.update(now if isinstance(old, dict) else new)
+    elif isinstance(old, list): old[:] = now
+    elif hasattr(old, "extend"): old[:] = new                        # bytearray, array
+    elif hasattr(old, "shape") and old.shape == new.shape: old[...] = new
+    elif not isinstance(old, tuple): return new
+    return old
+'''
+
+# %% ../../nbs/source/checks/02_rooms.ipynb #28fd7723
+_SERVE = """
+class CandidatesLine(Line):
+    "The candidate's end: everything that it has may be asked for."
+    def __init__(self, read, write, job):
+        super().__init__(read, write)
+        self.job, self.space = job, types.ModuleType("solution")
+        sys.modules["solution"] = self.space
+    def perform(self, op, name, *args):
+        space = self.space.__dict__
+        if op == "load":
+            for part in ("setup", "code"): exec(compile(self.job[part], f"<{part}>", "exec", dont_inherit=True), space)
+            return [None]
+        if op != "get": return super().perform(op, name, *args)
+        if name not in space: raise NameError(f"name {name!r} is not defined")
+        x = space[name]
+        return [self.keep(x) if callable(x) and not isinstance(x, type) else self.out(x), isinstance(x, type)]
+    def by_name(self, x): return _encode_name(x) if isinstance(x, type) and x.__module__ == "builtins" else None
+    def named(self, module, name):
+        __import__(module)
+        return _find(module, name)
+    def error_class(self, names):
+        own = self.space.__dict__.get(names[0])
+        return own if isinstance(own, type) and issubclass(own, BaseException) else super().error_class(names)
+
+def serve(job, ask, answer):
+    "Load the code when it is asked for, and answer the judge's questions."
+    line = CandidatesLine(ask, answer, job)
+    try:
+        while True: line.serve(*line.receive()[1:])
+    except EOFError: pass
+"""
 
 # %% ../../nbs/source/checks/02_rooms.ipynb #b86c311f
 _SCRIPT = '''
@@ -149,110 +247,154 @@ def script(job):
 '''
 
 # %% ../../nbs/source/checks/02_rooms.ipynb #2bbe123d
-_HANDLE = '''
-class Refused(BaseException): "The candidate lost its case; no test can catch this by accident."
-
-class Handle:
-    "Stands for an object in the candidate's process."
-    __slots__ = "_line", "_number", "_kind"
-    def __init__(self, line, number, kind): self._line, self._number, self._kind = line, number, kind
-    def __call__(self, *args, **kw):
-        return self._line.ask("call", self._number, self._line.out(list(args)), self._line.out(kw))
-    def __getattr__(self, name):
-        if name.startswith("__"): raise AttributeError(name)
-        return self._line.ask("attr", self._number, name)
-    def __iter__(self): return iter(self._line.ask("iter", self._number))
-    def __getitem__(self, key): return self._line.ask("item", self._number, self._line.out(key))
-    def __len__(self): return int(self._line.ask("len", self._number))
-    def __bool__(self): return self._line.ask("truth", self._number) is True
-    def _no(self, *_):
-        self._line.refuse(f"wrong answer: an object of type {self._kind[:40]!r} cannot be compared with a value")
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _no
-    def __hash__(self): return object.__hash__(self)
-    def __repr__(self): return f"<{self._kind[:40]} object>"
-'''
-
-# %% ../../nbs/source/checks/02_rooms.ipynb #ea95989a
-_LINE = '''
-class Line:
-    "The judge's end of the two pipes."
-    def __init__(self, ask, answer): self.fds, self.calls, self.refused = (ask, answer), 0, ""
-    def refuse(self, reason):
-        self.refused = self.refused or reason
+_JUDGES_LINE = """
+class JudgesLine(Line):
+    "The judge's end: trusts nothing that comes, and hands out nothing but what the tests hand over."
+    longest = _MAX_MESSAGE
+    def __init__(self, read, write):
+        super().__init__(read, write)
+        self.refused, self.fault, self.calls, self.classes, self.yes_and_no = "", "", 0, set(), {}
+    def lose(self, reason, fault="wrong"):
+        if not self.refused: self.refused, self.fault = reason, fault
         raise Refused(reason)
-    def out(self, value):
-        def keep(x):
-            if isinstance(x, Handle): return x._number
-            raise TypeError(f"a test hands over a {type(x).__name__}: "
-                            "only plain values and the code's own objects can cross")
-        return _encode(value, keep)
-    def ask(self, op, *args):
+    def limit(self, reason): self.lose(f"the judge cannot tell: {reason}", "judge")
+    def exchange(self, op, *args):
         if self.refused: raise Refused(self.refused)
-        nonce = os.urandom(8).hex()
-        data = memoryview(json.dumps([nonce, op, *args]).encode() + b"\\n")
-        try:
-            while data: data = data[os.write(self.fds[0], data):]
-            line = _read_line(self.fds[1])
-        except BrokenPipeError: line = b""
-        except ValueError as e: self.refuse(f"protocol: {e}")
-        if not line: self.refuse("ended: the code's process was gone before it answered")
-        try:
-            echo, kind, *rest = json.loads(line)
-            if echo != nonce or kind not in ("value", "error"): raise ValueError("an answer to another question")
-            if kind == "value": value = _decode(*rest, lambda n, k: Handle(self, n, k))
-            else: names, text = [str(n) for n in rest[0]], str(rest[1])
-        except RecursionError: self.refuse("protocol: an answer that is nested too deeply")
-        except Exception as e: self.refuse(f"protocol: {type(e).__name__}: {str(e)[:80]}")
-        if kind == "error": raise self.error(names, text)
-        self.calls += op == "call"
-        return value
-    def error(self, names, text):
-        "The exception to raise here for one that was raised there."
-        known = (getattr(builtins, n, None) for n in names)
-        cls = next((c for c in known if isinstance(c, type) and issubclass(c, Exception)), RuntimeError)
-        if issubclass(cls, (StopIteration, StopAsyncIteration)): cls = RuntimeError
-        try: e = cls(text)
-        except Exception: e = RuntimeError(text)
-        e.theirs = names[0] if names else "Exception"
+        try: kind, values = super().exchange(op, *args)
+        except (BrokenPipeError, EOFError): self.lose("ended: the code's process was gone before it answered")
+        except RecursionError: self.lose("protocol: an answer that is nested too deeply")
+        except Exception as e: self.lose(f"protocol: {type(e).__name__}: {str(e)[:80]}")
+        if kind not in ("value", "error") or not values: self.lose("protocol: no answer")
+        if kind == "error": values = [self.raised(*values)]
+        return kind, values
+    def raised(self, e):
+        "What to raise here for what was raised there: no end of a loop, and nothing that ends the judge."
+        if not isinstance(e, BaseException): self.lose("protocol: an error that is none")
+        name, ends = type(e).__name__, isinstance(e, (StopIteration, StopAsyncIteration))
+        if ends or not isinstance(e, (Exception, SystemExit)): e = RuntimeError(str(e))
+        e.theirs = name
         return e
-'''
+    def perform(self, op, number, *args):
+        own = type(self.objects[number]).__module__ == "tests"
+        said = op == "attr" and args[0] in ("__name__", "__qualname__", "__doc__")      # for functools.wraps
+        if not (said or op in ("call", "more", "run") or own and (op == "do" or not str(args[0]).startswith("__"))):
+            raise AttributeError(f"{op} {args[0]!r:.40}: not for the code")
+        return super().perform(op, number, *args)
+    def keep(self, x):
+        if not (callable(x) or type(x).__module__ == "tests" or hasattr(type(x), "__next__")
+                or hasattr(type(x), "__await__")):
+            self.limit(f"a test hands over a {type(x).__name__}, which cannot cross")
+        return super().keep(x)
+    def by_name(self, x): return _encode_name(x)
+    def named(self, module, name):
+        x = _find("builtins", name)
+        if module != "builtins" or not isinstance(x, type): raise ValueError(f"no class of Python: {name[:40]!r}")
+        return x
+    # ---- what is done with the code's own objects: no verdict may rest on what they say of themselves
+    def foreign(self, handle):
+        "Whether an object is of a class that the tests do not name: then it is a result, and not under test."
+        return handle._whose.startswith("foreign") or handle._whose != "named" and handle._kind not in self.classes
+    def call(self, handle, args, kw):
+        self.calls += 1
+        answer = super().call(handle, args, kw)
+        whose, _, method = handle._whose.partition(".")
+        if whose == "named" or not (args or kw) or answer is None: return answer
+        if whose != "foreign": return self.said(method or "what the code returned", answer)
+        what = f"{method} of an object of the code's own was given a value"
+        if isinstance(answer, bool): self.lose(f"wrong answer: {what}, and says {answer} itself")
+        if type(answer) is not Handle: self.limit(what)
+        answer._whose = "told"
+        return answer
+    def attribute(self, handle, name):
+        value = super().attribute(handle, name)
+        if type(value) is Handle: value._whose = f"{'foreign' if self.foreign(handle) else 'own'}.{name}"
+        return value
+    def said(self, method, answer):
+        "A yes of a method under test counts only where the tests hear a no from it as well."
+        if isinstance(answer, bool): self.yes_and_no.setdefault(method, set()).add(answer)
+        return answer
+    def holds(self, handle, item):
+        if self.foreign(handle): return any(item == x for x in handle)
+        return self.said("in", super().holds(handle, item))
+    def do(self, handle, name, args):
+        kind, other, foreign = handle._kind[:40], type(args[0]) if args else None, self.foreign(handle)
+        if name in COMPARISONS:
+            if args[0] is None and name in ("eq", "ne"): return name == "ne"
+            if other is Handle: self.limit(f"two objects of the code's own, of type {kind!r}, are compared")
+            if not foreign: self.limit(f"an object of the class under test, {kind!r}, is compared with a value")
+            self.lose(f"wrong answer: an object of type {kind!r} cannot be compared with a value")
+        if name == "bool" and handle._whose == "told":
+            self.lose(f"wrong answer: an object of type {kind!r} says itself that it is right")
+        if name == "instancecheck" and other is not Handle: return False
+        if name == "exit": args = [*args[:2], None]                             # without the traceback
+        counts = name.removeprefix("r") in ARITHMETIC and other is not Handle
+        if counts and foreign: self.lose(f"wrong answer: an object of type {kind!r} computes with a value itself")
+        answer = super().do(handle, name, args)
+        if counts and type(answer) is not Handle:
+            self.limit(f"an object of the class under test, {kind!r}, computes with a value")
+        return answer
+"""
 
 # %% ../../nbs/source/checks/02_rooms.ipynb #f7be782a
-_JUDGE = '''
+_JUDGE = """
 def judge(job, tests, ask, answer, verdict):
-    "Run the tests against the candidate, and write [passed, reason]."
-    import traceback
+    "Run the tests against the candidate, and write [passed, reason, whose fault]."
     with open(tests, "rb") as f: spec = json.loads(f.read())
-    line, space, entry = Line(ask, answer), {"__name__": "tests"}, spec["entry"]
-    run = lambda text, name: exec(compile(text, name, "exec", dont_inherit=True), space)
-    try:
-        line.ask("load")
-        run(spec["setup"], "<setup>")
-        for name in spec["modules"]: space[name] = __import__(name)
-        for name in spec["names"]:
-            space.pop(name, None)
-            try: space[name] = line.ask("get", name)
-            except NameError: pass
-        run(spec["tests"], "<tests>")
-        if spec["check"]: space["check"](space[entry]) if entry in space else run(entry, "<tests>")
-        reason = "passed" if line.calls else "the tests never called the code"
-    except BaseException as e: reason = why(e, traceback, spec["tests"].splitlines())
-    reason = line.refused or reason
-    os.write(verdict, json.dumps([reason == "passed", reason]).encode())
+    line, reason = JudgesLine(answer, ask), ""
+    try: examine(line, spec)
+    except BaseException as e: reason, line.fault = why(e, spec["tests"].splitlines(), line.fault)
+    else:
+        only_yes = [method for method, answers in line.yes_and_no.items() if answers == {True}]
+        if not line.calls: reason, line.fault = "the tests never called the code", "judge"
+        elif only_yes:
+            reason, line.fault = f"the judge cannot tell: the tests only hear yes from {only_yes[0][:40]}", "judge"
+    reason = line.refused or reason or "passed"
+    os.write(verdict, json.dumps([reason == "passed", reason, line.fault]).encode())
 
-def why(e, traceback, lines):
-    "One line of text for an exception that ended the tests."
+def examine(line, spec):
+    "Load the code, take the names under test from it, and run the tests."
+    space, entry = {"__name__": "tests"}, spec["entry"]
+    run = lambda text, name: exec(compile(text, name, "exec", dont_inherit=True), space)
+    line.ask("load", "")
+    run(spec["setup"], "<setup>")
+    for name in spec["modules"]: space[name] = __import__(name)
+    for name in spec["names"]:
+        space.pop(name, None)
+        try: space[name] = x = line.ask("get", name)
+        except NameError: continue
+        if type(x) is Handle:
+            x._whose = "named"
+            if x._kind not in ("function", "builtin_function_or_method"): line.classes.add(name)
+    run(spec["tests"], "<tests>")
+    if spec["check"]: space["check"](space[entry]) if entry in space else run(entry, "<tests>")
+    if line.calls: return
+    import unittest                                                # tests as functions, or as methods of a class
+    for name, x in list(space.items()):
+        if isinstance(x, type) and issubclass(x, unittest.TestCase):
+            unittest.defaultTestLoader.loadTestsFromTestCase(x).debug()
+        elif name.startswith("test") and isinstance(x, types.FunctionType) and not x.__code__.co_argcount: x()
+"""
+
+# %% ../../nbs/source/checks/02_rooms.ipynb #32b52318
+_WHY = """
+def why(e, lines, fault):
+    "One line of text for an exception that ended the tests, and whose fault it is."
+    import traceback
     text = " ".join(str(e).split())[:300]
-    if hasattr(e, "theirs"): return "memory" if e.theirs == "MemoryError" else f"error: {e.theirs[:40]}: {text}"
+    if hasattr(e, "theirs"):
+        if e.theirs == "MemoryError": return "memory", "wrong"
+        refused = e.theirs == "PermissionError"                     # a wall stopped it
+        return f"error: {e.theirs[:40]}: {text}", "judge" if refused else "wrong"
     if isinstance(e, AssertionError):
         at = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == "<tests>"]
-        return "wrong answer: " + (" ".join(lines[at[-1] - 1].split())[:200] if at else text)
-    return "memory" if isinstance(e, MemoryError) else f"error: {type(e).__name__}: {text}"
-'''
+        return "wrong answer: " + (" ".join(lines[at[-1] - 1].split())[:200] if at else text), "wrong"
+    if isinstance(e, MemoryError): return "memory", fault or "wrong"
+    return f"error: {type(e).__name__}: {text}", fault or ("judge" if isinstance(e, ImportError) else "wrong")
+"""
 
 # %% ../../nbs/source/checks/02_rooms.ipynb #15708143
 def room_source()->str:
-    "Both rooms as text, for an interpreter that has not imported this package; it must import what they use."
-    functions = _encode, _encode_other, _decode, _read_line
-    constants = f"_MAX_ITEMS, _MAX_MESSAGE = {_MAX_ITEMS!r}, {_MAX_MESSAGE!r}"
-    return "\n".join([constants, *map(inspect.getsource, functions), _SERVE, _SCRIPT, _HANDLE, _LINE, _JUDGE])
+    "Codec and rooms as text, for an interpreter that has not imported this package; it must import what they use."
+    texts = _HANDLE, _LINE, _CROSSING, _SERVE, _SCRIPT, _JUDGES_LINE, _JUDGE, _WHY
+    read = f"_MAX_MESSAGE = {_MAX_MESSAGE!r}", inspect.getsource(_read_line)
+    return "\n".join([inspect.getsource(codec), *read, *texts])

@@ -67,14 +67,14 @@ def _landlock(
 _REFUSED = """fork 57 -1 vfork 58 -1 execve 59 221 execveat 322 281 setsid 112 157 setpgid 109 154 prctl 157 167
 unshare 272 97 setns 308 268 ptrace 101 117 process_vm_readv 310 270 process_vm_writev 311 271 kcmp 312 272
 tkill 200 130 rt_sigqueueinfo 129 138 rt_tgsigqueueinfo 297 240 sched_setscheduler 144 119 sched_setparam 142 118
-sched_setattr 314 274 sched_setaffinity 203 122 setpriority 141 140 ioprio_set 251 30 socket 41 198 socketpair 53 199
-connect 42 203 bind 49 200 listen 50 201 accept 43 202 accept4 288 242 sendto 44 206 sendmsg 46 211 sendmmsg 307 269
-shmget 29 194 shmat 30 196 semget 64 190 msgget 68 186 mq_open 240 180 mq_unlink 241 181 memfd_create 319 279
-userfaultfd 323 282 io_setup 206 0 mount 165 40 umount2 166 39 pivot_root 155 41 chroot 161 51 swapon 167 224
-swapoff 168 225 reboot 169 142 acct 163 89 quotactl 179 60 init_module 175 105 finit_module 313 273
-delete_module 176 106 kexec_load 246 104 kexec_file_load 320 294 bpf 321 280 perf_event_open 298 241 keyctl 250 219
-add_key 248 217 request_key 249 218 open_by_handle_at 304 265 name_to_handle_at 303 264 fanotify_init 300 262
-syslog 103 116 personality 135 92 settimeofday 164 170 clock_settime 227 112 adjtimex 159 171 clock_adjtime 305 266
+sched_setattr 314 274 sched_setaffinity 203 122 setpriority 141 140 ioprio_set 251 30 socket 41 198 connect 42 203
+bind 49 200 listen 50 201 accept 43 202 accept4 288 242 sendmsg 46 211 sendmmsg 307 269 shmget 29 194 shmat 30 196
+semget 64 190 msgget 68 186 mq_open 240 180 mq_unlink 241 181 memfd_create 319 279 userfaultfd 323 282
+io_setup 206 0 mount 165 40 umount2 166 39 pivot_root 155 41 chroot 161 51 swapon 167 224 swapoff 168 225
+reboot 169 142 acct 163 89 quotactl 179 60 init_module 175 105 finit_module 313 273 delete_module 176 106
+kexec_load 246 104 kexec_file_load 320 294 bpf 321 280 perf_event_open 298 241 keyctl 250 219 add_key 248 217
+request_key 249 218 open_by_handle_at 304 265 name_to_handle_at 303 264 fanotify_init 300 262 syslog 103 116
+personality 135 92 settimeofday 164 170 clock_settime 227 112 adjtimex 159 171 clock_adjtime 305 266
 sethostname 170 161 setdomainname 171 162 iopl 172 -1 ioperm 173 -1 modify_ldt 154 -1 migrate_pages 256 238
 move_pages 279 239 chmod 90 -1 fchmod 91 52 fchmodat 268 53 chown 92 -1 lchown 94 -1 fchown 93 55 fchownat 260 54
 mknod 133 -1 mknodat 259 33 utime 132 -1 utimes 235 -1 futimesat 261 -1 utimensat 280 88 setxattr 188 5
@@ -104,6 +104,9 @@ def _seccomp_program(
     program += only_if(number(56, 220), 0, ANY_BIT, 0x10000)     # clone: CLONE_THREAD
     program += only_if(number(62, 129), 0, EQUAL, pid) + only_if(number(234, 131), 0, EQUAL, pid)  # kill, tgkill
     program += only_if(number(302, 261), 0, EQUAL, 0)            # prlimit64
+    program += only_if(number(53, 199), 0, EQUAL, 1)             # socketpair: AF_UNIX, as asyncio makes one
+    program += [(EQUAL, 0, 6, number(44, 206)), (LOAD, 0, 0, 48), (EQUAL, 0, 3, 0), (LOAD, 0, 0, 52), (EQUAL, 0, 1, 0),
+                allow, refuse]                                   # sendto: without an address
     # fcntl
     program += [(EQUAL, 0, 5, number(72, 25)), (LOAD, 0, 0, 24), (EQUAL, 2, 0, 8), (EQUAL, 1, 0, 10), (EQUAL, 0, 1, 15),
                 refuse, allow]
@@ -194,28 +197,41 @@ def _kill_all(
         time.sleep(.001)
         pids = _children()
 
+# %% ../../nbs/source/checks/01_walls.ipynb #fc0a4dae
+def _times(
+    pid:int, # a child, or 0 for nobody
+)->tuple: # (seconds on a processor, seconds in the queue for one)
+    "What the kernel's scheduler says of a process's first thread; nothing where it says nothing."
+    try:
+        with open(f"/proc/{pid}/schedstat") as f: ran, waited, _ = f.read().split()
+    except (OSError, ValueError): return 0.0, 0.0
+    return int(ran)/1e9, int(waited)/1e9
+
 # %% ../../nbs/source/checks/01_walls.ipynb #8fa39502
 def _watch(
     streams:dict,   # file descriptor -> bytearray that collects what comes
     cap:int,        # bytes to keep of each
-    until:int,      # the child whose end is the end
-    deadline:float, # time.monotonic()
+    pids:list,      # the candidate and, where there is one, the judge; the end of the last is the end
+    timeout:float,  # seconds, of the candidate's own time and of the judge's work
     life:int,       # descriptor that is closed when the caller dies
-)->tuple:           # (timed out, {pid: wait status} of children that ended by themselves)
-    "Collect output until `until` ends, time is up, or the caller is gone."
+)->tuple:           # ("", or whose time is up; {pid: wait status} of children that ended by themselves; seconds)
+    """Collect output until the last of `pids` ends, time is up, or the caller is gone. The candidate's own time is
+    that of the clock less what it waits for a processor, and less what the judge works or waits for one."""
     wake_r, wake_w = os.pipe()
     os.set_blocking(wake_w, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
-    poll, ended = select.poll(), {}
+    poll, ended, start, until, queued = select.poll(), {}, time.monotonic(), pids[-1], 0.0
     for fd in (*streams, wake_r, life): poll.register(fd, select.POLLIN)
     while True:
+        queued, work = max(queued, _times(pids[0])[1]), _times(pids[1] if len(pids) > 1 else 0)
+        own = max(0.0, time.monotonic() - start - queued - sum(work))
         while (pair := os.waitpid(-1, os.WNOHANG) if until not in ended else (0, 0))[0]: ended[pair[0]] = pair[1]
-        left = deadline - time.monotonic()
-        if until in ended or left <= 0: return until not in ended, ended
-        for fd, _ in poll.poll(math.ceil(left*1000)):
+        if until in ended: return "", ended, own
+        if own >= timeout or work[0] >= timeout: return "code" if own >= timeout else "tests", ended, own
+        for fd, _ in poll.poll(math.ceil(min(timeout - own, timeout - work[0])*1000)):
             data = os.read(fd, 1 << 16)
-            if fd == life: return True, ended
+            if fd == life: return "code", ended, own
             if not data: poll.unregister(fd)
             elif fd in streams: streams[fd] += data[:max(0, cap - len(streams[fd]))]
 
@@ -235,22 +251,21 @@ def _keeper(
     judge,    # function for the judge's process, or None to run a script
     work,     # function for the candidate's process
 )->dict:
-    """Start judge and candidate, wait, kill, report: "verdict" (the judge's text), "late",
-    "status" (the candidate's, None if we ended it), "out", "err" and "seconds"."""
+    """Start judge and candidate, wait, kill, report: "verdict" (the judge's text), "late" (whose time was up: "code",
+    "tests" or ""), "status" (the candidate's, None if we ended it), "out", "err" and "seconds"."""
     if sys.platform == "linux": ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # subreaper
     (ask_r, ask_w), (ans_r, ans_w), (ver_r, ver_w), (out_r, out_w), (err_r, err_w) = (os.pipe() for _ in range(5))
-    null, start, pids = os.open(os.devnull, os.O_WRONLY), time.monotonic(), []
+    null, pids = os.open(os.devnull, os.O_WRONLY), []
     if judge:
         pids.append(_fork_child(job, (null, err_w), (job["tests"], ask_w, ans_r, ver_w),
                                 lambda: judge(job, job["tests"], ask_w, ans_r, ver_w)))
     if "namespaces" in job["walls"]: _enter_namespaces(job["folder"], job["disk"])
     if judge: candidate = _fork_child(job, (null, null), (ask_r, ans_w), lambda: work(job, ask_r, ans_w))
     else: candidate = _fork_child(job, (out_w, err_w), (), lambda: work(job))
-    pids.append(candidate)
+    pids.insert(0, candidate)
     for fd in (ask_r, ask_w, ans_r, ans_w, ver_w, out_w, err_w): os.close(fd)
     streams = {fd: bytearray() for fd in (ver_r, out_r, err_r)}
-    late, ended = _watch(streams, job["cap"], pids[0], start + job["timeout"], job["life"])
-    seconds = time.monotonic() - start
+    late, ended, seconds = _watch(streams, job["cap"], pids, job["timeout"], job["life"])
     forced = _kill_all([p for p in pids if p not in ended])
     for fd, data in streams.items():   # what was still in the pipes
         os.set_blocking(fd, False)
@@ -270,6 +285,6 @@ WALLS = "limits", "landlock", "seccomp", "namespaces"
 def wall_source()->str:
     "Walls and keeper as text, for an interpreter that has not imported this package; it must import what they use."
     walls = _set_limits, _enter_namespaces, _landlock, _seccomp_program, _seccomp, _close_all_but, _confine
-    keeper = _fork_child, _children, _kill_all, _watch, _clear_away, _keeper
+    keeper = _fork_child, _children, _kill_all, _times, _watch, _clear_away, _keeper
     constants = f"_REFUSED, _NEWER = {_REFUSED!r}, {_NEWER!r}"
     return "\n".join([constants, *(inspect.getsource(f) for f in walls + keeper)])

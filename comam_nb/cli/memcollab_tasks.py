@@ -128,7 +128,10 @@ class Job:
     def tasks(self, split:str)->list["Task"]:
         "The tasks, of a split unless --split says another. Raises `CommandError` or `MemCollabError`."
         a = self.args
-        return _tasks_for(a.tasks, a.path, a.split or split, a.skip, a.limit)
+        tasks = _tasks_for(a.tasks, a.path, a.split or split, a.skip, a.limit)
+        if weak := [t for t in tasks if t.weakness]:
+            print(f"{len(weak)} of {len(tasks)} tasks have weak tests, such as {weak[0].id}: {weak[0].weakness}")
+        return tasks
     def sort(self, tasks:Sequence["Task"], chat:"Chat|None")->list["Task"]:
         "The tasks with labels; `chat` is the model that would sort."
         return _sort_tasks(tasks, self.sorter(chat), self.args.domain)
@@ -225,11 +228,14 @@ def _report_attempts(attempts, solvers):
     out = {}
     for role, s in solvers.items():
         own = [t for t in attempts if t.solver == s.name]
-        right, errors = sum(t.right for t in own), sum(bool(t.error) for t in own)
+        right, judged, errors = (sum(f(t) for t in own) for f in (lambda t: t.right, lambda t: t.judged,
+                                                                  lambda t: bool(t.error)))
+        faults = Counter(t.fault for t in own if t.verdict and not t.judged)
         tokens = sum(t.completion_tokens for t in own)
-        out[role] = dict(name=s.name, right=right, attempts=len(own), errors=errors, tokens=tokens)
-        print(f"{role}: {s.name}: {right} of {len(own)} right, {tokens} tokens written"
-              + (f", {errors} without an answer" if errors else ""))
+        out[role] = dict(name=s.name, right=right, attempts=len(own), judged=judged, errors=errors, tokens=tokens,
+                         not_judged=dict(faults))
+        print(f"{role}: {s.name}: {right} of {judged} right, {tokens} tokens written"
+              + (f"; not judged: {', '.join(f'{n} {fault}' for fault, n in faults.items())}" if faults else ""))
     _say_endpoints(s.chat for s in solvers.values())
     return out
 

@@ -240,6 +240,16 @@ class Attempt:
     @property
     def right(self)->bool: return self.verdict is not None and self.verdict.passed
     @property
+    # "wrong", "time", "cut off", "refused" or "judge"; "" if right, or without a check
+    def fault(self)->str:
+        if self.verdict is None or self.right: return ""
+        if self.error.startswith("refused"): return "refused"
+        return "cut off" if self.finish == "length" else self.verdict.fault
+    @property
+    # False where a model could not answer, or a judge not judge; rates leave these out
+    def judged(self)->bool:
+        return self.verdict is not None and self.fault in ("", "wrong", "time")
+    @property
     def key(self)->tuple[str, str, str, int, str]: # what is solved once
         memory = text_hash(*self.memory)
         return self.task_id, self.task_hash, self.solver, self.sample, memory
@@ -266,8 +276,10 @@ def _to_attempt(
 )->Attempt:
     "Check a finished draft and freeze it."
     d, s, final = draft, draft.solver, draft.final or ""
-    verdict = check(d.task, final) if d.task.check and not d.error else None
-    if d.error: verdict = Verdict(False, f"no answer: {d.error}")
+    verdict = Verdict(False, f"no answer: {d.error}") if d.error else None
+    if d.task.check and not d.error:
+        try: verdict = check(d.task, final)
+        except MemCollabError as e: verdict = Verdict(False, str(e), fault="judge")
     return Attempt(d.task.id, d.task.hash, s.name, s.chat.name, d.sample,
                    tuple(d.messages), final, verdict, d.turns, d.prompt_tokens,
                    d.completion_tokens, round(d.seconds, 4), d.memory, d.error, s.setup,

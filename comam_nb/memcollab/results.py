@@ -38,6 +38,7 @@ class _Outcome:
     seconds:float # model and code; depends on the machine
     memory:int # texts that stood in front
     reason:str # of the verdict
+    fault:str="" # `Attempt.fault`: why it is not right
     def to_json(self)->dict: return asdict(self)
     @classmethod
     def from_json(cls, d:dict)->"_Outcome": return cls(**d)
@@ -46,7 +47,9 @@ def _to_outcome(arm, solver, seed, task, t):
     "What the table needs of an attempt."
     reason = t.error or (t.verdict.reason if t.verdict else "not checked")
     return _Outcome(arm, solver, seed, task.id, task.hash, task.category, t.right, t.turns, t.prompt_tokens,
-                   t.completion_tokens, t.seconds, len(t.memory), reason)
+                   t.completion_tokens, t.seconds, len(t.memory), reason, t.fault)
+
+def _judged(outcome): return outcome.fault in ("", "wrong", "time") # as `Attempt.judged`
 
 _METRICS = {"accuracy": lambda o: float(o.right), "turns": lambda o: o.turns, "tokens": lambda o: o.completion_tokens,
             "prompt": lambda o: o.prompt_tokens} # tokens: written
@@ -94,8 +97,13 @@ class Results:
     @property
     def seeds(self)->list[int]: return sorted({o.seed for o in self.outcomes})
     def values(self, solver:str, arm:str, metric:str="accuracy")->dict[tuple[str, int], float]:
-        "(task hash, seed) -> one number per outcome."
-        return {(o.hash, o.seed): _METRICS[metric](o) for o in self.outcomes if (o.solver, o.arm) == (solver, arm)}
+        "(task hash, seed) -> one number per outcome; for the accuracy, per outcome that was judged."
+        return {(o.hash, o.seed): _METRICS[metric](o) for o in self.outcomes if (o.solver, o.arm) == (solver, arm)
+                and (metric != "accuracy" or _judged(o))}
+    def not_judged(self, solver:str, arm:str)->dict[str, int]:
+        "Why outcomes count for no rate -> how many."
+        faults = [o.fault for o in self.outcomes if (o.solver, o.arm) == (solver, arm) and not _judged(o)]
+        return {f: faults.count(f) for f in dict.fromkeys(faults)}
     def save(self, path:str|Path)->Path:
         "Write outcomes and notes as JSON."
         outcomes = [o.to_json() for o in self.outcomes]
@@ -140,8 +148,9 @@ def compare(
     mine, base = results.values(solver, arm, metric), results.values(solver, baseline, metric)
     keys = sorted(mine.keys() & base.keys())
     if not keys:
-        have = ", ".join(a for a in results.arms if results.values(solver, a))
-        raise MemCollabError(f"{solver!r} has no task under both {arm!r} and {baseline!r}: it has the arms {have}")
+        have = ", ".join(a for a in results.arms if results.values(solver, a, metric))
+        raise MemCollabError(f"{solver!r} has no task under both {arm!r} and {baseline!r}: "
+                             f"it has the arms {have or 'of which nothing was judged'}")
     a, b, tasks, seeds = [mine[k] for k in keys], [base[k] for k in keys], *map(list, zip(*keys))
     same = arm == baseline
     test = mcnemar(a, b, tasks) if metric == "accuracy" and not same else None
@@ -149,7 +158,8 @@ def compare(
     return _Comparison(solver, arm, metric, len(keys), float(np.mean(a)), difference, test)
 
 # %% ../../nbs/source/memcollab/13_results.ipynb #022829d2
-_HEAD = ("arm", "right, difference [95 %]", "gained/lost", "p", "turns", "tokens written", "tokens read", "memory")
+_HEAD = ("arm", "right, difference [95 %]", "gained/lost", "p", "turns", "tokens written", "tokens read", "memory",
+         "not judged")
 
 def _p_text(p): return "<.001" if p < .001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
 
@@ -157,12 +167,15 @@ def _table_rows(results, solver, baseline="vanilla"):
     "A solver's part of the table: rows of texts, as _HEAD."
     rows = []
     for arm in results.arms:
-        if not results.values(solver, arm): continue
-        c = {m: compare(results, solver, arm, m, baseline) for m in _METRICS}
-        t = c["accuracy"].test
+        if not results.values(solver, arm, "turns"): continue
+        left_out = ", ".join(f"{n} {fault}" for fault, n in results.not_judged(solver, arm).items())
+        judged = results.values(solver, arm).keys() & results.values(solver, baseline).keys()
+        c = {m: compare(results, solver, arm, m, baseline) for m in _METRICS if judged or m != "accuracy"}
+        t = c["accuracy"].test if judged else None
         used = [o.memory > 0 for o in results.outcomes if (o.solver, o.arm) == (solver, arm)]
-        rows.append((arm, str(c["accuracy"]), f"{t.gained}/{t.lost}" if t else "", _p_text(t.p) if t else "",
-                     str(c["turns"]), str(c["tokens"]), f"{c['prompt'].mean:.0f}", f"{np.mean(used):.0%}"))
+        rows.append((arm, str(c["accuracy"]) if judged else "none judged", f"{t.gained}/{t.lost}" if t else "",
+                     _p_text(t.p) if t else "", str(c["turns"]), str(c["tokens"]), f"{c['prompt'].mean:.0f}",
+                     f"{np.mean(used):.0%}", left_out))
     return rows
 
 def plain_table(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ..base.errors import MemCollabError
 from ..checks.code_answers import called_names
-from ..checks.tasks import Task, parse_python, validate_check
+from ..checks.sandbox import parse_python
+from ..checks.tasks import Task, validate_check
 
 # %% ../../nbs/source/readers/05_task_files.ipynb #134b90b6
 def _rows(path):

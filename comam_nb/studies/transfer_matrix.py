@@ -132,7 +132,7 @@ class _ErrorDivergence:
 
 # %% ../../nbs/source/studies/05_transfer_matrix.ipynb #e86d2421
 def _error_divergence(
-    attempts:list[Attempt], # those that were right are passed over
+    attempts:list[Attempt], # those that were right, or not judged, are passed over
     tasks:list[Task], # what they are attempts at
     error_type:Callable[[Task, Attempt], str]=_verdict_type,
     shuffles:int=300,
@@ -140,7 +140,7 @@ def _error_divergence(
 )->_ErrorDivergence:
     "Divergence of categories' error types; raises `MemCollabError` with errors in fewer than two categories."
     known = {t.hash: t for t in tasks}
-    wrong = [(known[a.task_hash], a) for a in attempts if a.task_hash in known and not a.right]
+    wrong = [(known[a.task_hash], a) for a in attempts if a.task_hash in known and a.judged and not a.right]
     errors = [(t, str(error_type(t, a))) for t, a in wrong]
     categories, types = sorted({t.category for t, _ in errors}), sorted({e for _, e in errors})
     if len(categories) < 2:
