@@ -71,9 +71,14 @@ def brute(entries, query, category, subcategory, p, K, how, model, exclude):
     scores = [round(s, 9) for s in SLOW[how](query, [c.text for c in pool])]
     pool = [(-s, i, c) for i, (s, c) in enumerate(zip(scores, pool)) if (model is None or model in c.models)
             and not set(c.task_hashes) & set(exclude)]
-    samples = list(dict.fromkeys(c.sample for _, _, c in sorted(pool, key=lambda x: x[:2])))[:p]
-    return [[(c, -s) for s, _, c in sorted((x for x in pool if x[2].sample == k), key=lambda x: x[:2])[:K]]
-            for k in samples]
+    groups, shown = [], set()
+    for _, i, c in sorted(pool, key=lambda x: x[:2]):
+        if i in shown or len(groups) == p: continue
+        own = [[x for x in sorted(pool, key=lambda x: x[:2]) if k in x[2].samples and x[1] not in shown]
+               for k in sorted(c.samples)]
+        groups.append(max(own, key=len))
+        shown |= {i for _, i, _ in groups[-1]}
+    return [[(c, -s) for s, _, c in g[:K]] for g in groups]
 
 
 @settings(max_examples=60, deadline=None)
@@ -123,8 +128,26 @@ def test_p_counts_samples_and_K_their_entries():
     for p in (1, 3, 5, 9):
         for K in (1, 3, 4, 9):
             hits = bank.retrieve("rate price", "c", p=p, K=K)
-            assert len({h.constraint.sample for h in hits}) == min(p, 5) and len(hits) == min(p, 5) * min(K, 4)
+            assert len({h.constraint.samples for h in hits}) == min(p, 5) and len(hits) == min(p, 5) * min(K, 4)
+            assert sorted({h.sample for h in hits}) == list(range(min(p, 5)))
     assert len(bank.retrieve("rate price", "c")) == 9 # the paper's 3 samples of 3 sentences
+
+
+@pytest.mark.parametrize("how", ["tfidf", "bm25", "embedding"])
+def test_an_entry_that_gains_a_task_takes_nothing_away(how):
+    "An entry of several tasks brings the entries of one of them along, and is shown once."
+    bank = ConstraintBank()
+    own = [Constraint(f"rate {'price '*j}", f"check {WORDS[j]}", "", "c", "", source("a")) for j in range(3)]
+    bank.add(own)
+    before = bank.retrieve("rate price", "c", p=1, how=how).texts
+    assert len(before) == 3
+    best = next(c for c in own if str(c) == before[0])
+    bank.add(replace(best, source=source("b")))                     # the same lesson, learned from another task
+    bank.add([Constraint("rate of b", f"say {WORDS[7]}", "", "c", "", source("b")),
+              Constraint("rate of z", f"say {WORDS[8]}", "", "c", "", source("z"))])
+    assert set(bank.retrieve("rate price", "c", p=1, how=how).texts) == set(before)
+    hits = bank.retrieve("rate price", "c", p=3, how=how)
+    assert len(hits) == len(set(hits.texts)) == 5 and sorted({h.sample for h in hits}) == [0, 1, 2]
 
 
 def test_a_task_never_meets_its_own_lesson():
@@ -163,9 +186,9 @@ class Chat:
 def test_prompting_uses_what_can_be_used(reply, first):
     bank, chat = ConstraintBank(), Chat(reply)
     bank.add([Constraint("rate " * (3 - i), "check it", "", "c", "", source(f"t{i}")) for i in range(3)])
-    order = [h.constraint.sample for h in bank.retrieve("rate", "c", p=9)]
+    order = [h.constraint.samples[0] for h in bank.retrieve("rate", "c", p=9)]
     hits = bank.retrieve("rate", "c", p=2, how="prompting", chat=chat)
-    assert [h.constraint.sample for h in hits][0] == (first and order[int(__import__("re").search(r"\d", reply)[0])
+    assert hits[0].constraint.samples[0] == (first and order[int(__import__("re").search(r"\d", reply)[0])
         - 1] or order[0])
     assert bank.counts["prompting: no usable reply"] == (first is None)
     assert len(hits) <= 2
@@ -505,8 +528,13 @@ def simple(entries, query, how, p=3, K=3):
     for c in entries: index.add(c.text)
     scores = np.round(how(index, query), 12).tolist()
     order = sorted(range(len(entries)), key=lambda d: (-scores[d], d))
-    samples = list(dict.fromkeys(entries[d].sample for d in order))[:p]
-    return [(entries[d], scores[d]) for s in samples for d in [d for d in order if entries[d].sample == s][:K]]
+    groups, shown = [], set()
+    for d in order:
+        if d in shown or len(groups) == p: continue
+        own = [[e for e in order if k in entries[e].samples and e not in shown] for k in sorted(entries[d].samples)]
+        groups.append(max(own, key=len))
+        shown |= {*groups[-1]}
+    return [(entries[d], scores[d]) for g in groups for d in g[:K]]
 
 
 @settings(max_examples=12, deadline=None)

@@ -65,7 +65,7 @@ class Constraint:
     @property
     def task_hashes(self)->tuple[str,...]: return tuple(dict.fromkeys(p["task"] for p in known_pairs(self.source)))
     @property
-    def sample(self)->str: return self.task_hashes[0] if len(self.task_hashes) == 1 else self.id
+    def samples(self)->tuple[str,...]: return self.task_hashes or (self.id,) # the source samples that it rests on
     def to_json(self)->dict:
         return {n: getattr(self, n) for n in ("when", "enforce", "avoid", "category", "subcategory")} | {
             "models": list(self.models), "support": self.support, "source": self.source}

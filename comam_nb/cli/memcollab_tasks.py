@@ -303,7 +303,7 @@ class Recall:
         if not hits: print(hits.note)
         for h in hits:
             print(f"{h.score:.3f}  {h.constraint}\n       because of: {', '.join(h.why) or 'its kind alone'}; "
-                  f"from sample {h.constraint.sample[:12]}, support {h.constraint.support}")
+                  f"from sample {h.sample + 1}, support {h.constraint.support}")
         return hits.texts
     @staticmethod
     def summary(bank:"ConstraintBank")->str:

@@ -35,6 +35,7 @@ class RetrievedConstraint:
     score:float           # cosine, BM25 score, or what the callable said
     asked:tuple[str,...]=field(default=(), compare=False) # the query's words by rarity
     by:str=""             # who chose it, if not the score
+    sample:int=0          # of the source samples that were found, which one it is from
     @property
     def why(self)->tuple[str,...]:
         "Who chose it, and the words that it shares with the query, rarest first."
@@ -43,12 +44,14 @@ class RetrievedConstraint:
     def to_json(self)->dict:
         "As JSON."
         c, why = self.constraint.to_json(), list(self.why)
-        return {"constraint": c, "score": self.score, "by": self.by, "why": why}
+        return {"constraint": c, "score": self.score, "by": self.by, "why": why,
+                "sample": self.sample}
     @classmethod
     def from_json(cls, d:dict)->"RetrievedConstraint":
         "From JSON."
         asked = tuple(d["why"][bool(d["by"]):])
-        return cls(Constraint.from_json(d["constraint"]), d["score"], asked, d["by"])
+        constraint, sample = Constraint.from_json(d["constraint"]), d.get("sample", 0)
+        return cls(constraint, d["score"], asked, d["by"], sample)
     def __repr__(self):
         why = ", ".join(self.why) or "its category"
         return f"{self.score:.3f} {str(self.constraint)!r} because of {why}"
@@ -67,8 +70,8 @@ class _Retrieved(list[RetrievedConstraint]):
     def _repr_html_(self):
         def row(*cells): return "".join(f"<td>{html.escape(c)}</td>" for c in cells)
         if self.note: return f"<p>{html.escape(self.note)}</p>"
-        found = [(f"{h.score:.3f}", h.constraint, ", ".join(h.why)) for h in self]
-        rows = [row(score, str(c), c.sample[:12], why) for score, c, why in found]
+        rows = [row(f"{h.score:.3f}", str(h.constraint), str(h.sample + 1),
+                    ", ".join(h.why)) for h in self]
         head = "<th>score</th><th>constraint</th><th>sample</th><th>why</th>"
         table = "".join(f'<tr style="text-align:left">{r}</tr>' for r in (head, *rows))
         return f"<table>{table}</table>"
@@ -108,8 +111,8 @@ def _picked(
     chat:"Chat",                    # who chooses
 )->tuple[list[RetrievedConstraint],bool]: # the chosen ones; whether the reply was usable
     "Let a model choose among samples; without a usable reply the first p stay."
-    samples: dict[str,list[RetrievedConstraint]] = {}
-    for h in hits: samples.setdefault(h.constraint.sample, []).append(h)
+    samples: dict[int,list[RetrievedConstraint]] = {}
+    for h in hits: samples.setdefault(h.sample, []).append(h)
     listed = list(samples.values())
     prompt = _pick_prompt(query, [[str(h.constraint) for h in s] for s in listed], p)
     try:
@@ -151,7 +154,8 @@ class ConstraintBank:
         if how == "prompting" and chat is None:
             raise MemCollabError("how='prompting' needs a model: pass chat=")
         found, asked, size = self.index.search(query, kind, p, K, how, model, exclude)
-        hits = [RetrievedConstraint(c, score, asked) for score, c in found]
+        hits = [RetrievedConstraint(c, score, asked, sample=sample)
+                for score, c, sample in found]
         if hits and how == "prompting" and chat is not None:
             hits, usable = _picked(hits, query, p, chat)
             if not usable: self.counts["prompting: no usable reply"] += 1

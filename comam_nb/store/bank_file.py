@@ -67,7 +67,7 @@ def _row_to_constraint(
 # %% ../../nbs/source/store/03_bank_file.ipynb #e71ccdbf
 def _row_to_names(
     row:Sequence, # (seq, id, *`_ENTRY`)
-)->tuple: # (seq, words, [source sample], tasks, models)
+)->tuple: # (seq, words, source samples, tasks, models)
     "What a bucket needs to know of a stored entry; raises `MemCollabError` for a damaged one."
     seq, id, when, enforce, avoid, *_, source, models, _ = row
     try:
@@ -77,7 +77,7 @@ def _row_to_names(
         words = terms(" ".join((when, enforce, avoid)))
     except (ValueError, TypeError) as e: raise _damaged(when, e) from None
     tasks = list(dict.fromkeys(p["task"] for p in known_pairs(source)))
-    return seq, words, [tasks[0] if len(tasks) == 1 else id], tasks, models
+    return seq, words, tasks or [id], tasks, models
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #fd991e3d
 def _last_version(db:sqlite3.Connection)->int: # 0 for an empty bank

@@ -68,18 +68,20 @@ def _choose(
     p:int,                # source samples
     K:int,                # entries of each
     fits:np.ndarray|None, # bool [n], which entries compete; None: all
-)->list[tuple[float,int]]: # (score, entry): samples by their best entry, entries of a sample by score
+)->list[tuple[float,int,int]]: # (score, entry, which sample, from 0): samples by their best entry, then by score
     "Top-p source samples with up to K entries each (Eq. 7; the paper's p = 3, K = 3)."
-    chosen: dict[int,None] = {}
-    of, starts = bucket.sample_of, bucket.samples.starts
+    groups: list[list[int]] = []
+    taken: set[int] = set()
     for doc in ranking.walk():
-        if fits is None or fits[doc]: chosen.setdefault(of.item(doc))
-        if len(chosen) == p: break
-    groups = [bucket.samples.docs[starts[s]:starts[s + 1]].tolist() for s in chosen]
-    if fits is not None: groups = [[d for d in g if fits[d]] for g in groups]
+        if doc in taken or fits is not None and not fits[doc]: continue
+        own = [[d for d in bucket.entries_of(s) if d not in taken and (fits is None or fits[d])]
+               for s in bucket.samples_of(doc)]
+        groups.append(max(own, key=len)) # of an entry's samples, the one that has the most to say
+        taken.update(groups[-1])
+        if len(groups) == p: break
     docs = [d for g in groups for d in g]
     scores = dict(zip(docs, ranking.score(docs))) # at once: a call costs more than a score
-    return [(scores[d], d) for g in groups for d in sorted(g, key=lambda d: (-scores[d], d))[:K]]
+    return [(scores[d], d, i) for i, g in enumerate(groups) for d in sorted(g, key=lambda d: (-scores[d], d))[:K]]
 
 # %% ../../nbs/source/store/05_bank_index.ipynb #0bcb23d4
 def _in_range(
@@ -179,8 +181,9 @@ class BankIndex:
                                        # or a function (query, constraints) -> scores
         model:str|None=None,           # only entries in whose pairs this model took part
         exclude:str|Iterable[str]=(),  # task hashes; entries that rest on one of them do not compete
-    )->tuple[list[tuple[float,Constraint]],tuple[str,...],int]:
-        "Best entries with scores (Eq. 7), the query's words that some entry has, rarest first, and the bucket's size."
+    )->tuple[list[tuple[float,Constraint,int]],tuple[str,...],int]:
+        """Best entries (Eq. 7) with their scores and the numbers of their samples, from 0; the query's words that some
+        entry has, rarest first; and the bucket's size."""
         _check(query, p, K, how)
         barred = _barred(exclude)
         if how == "prompting": how, p = "tfidf", max(_SHOWN, p) # what a model chooses from
@@ -188,9 +191,9 @@ class BankIndex:
             words = bucket.index.asked(query).rarest
             if not bucket.n: return [], words, 0
             chosen = _choose(bucket, self._ranking(db, bucket, query, how), p, K, bucket.fits(model, barred))
-            seqs = bucket.seqs[[doc for _, doc in chosen]].tolist()
+            seqs = bucket.seqs[[doc for _, doc, _ in chosen]].tolist()
             entries = self.file.constraints(db, seqs, bucket.version)
-            return [(score, c) for (score, _), c in zip(chosen, entries)], words, bucket.n
+            return [(score, c, sample) for (score, _, sample), c in zip(chosen, entries)], words, bucket.n
         if how in _LEXICAL:
             with self.file.session() as db:
                 if bucket := self._buckets.pop(kind, None):

@@ -352,7 +352,7 @@ class Bucket:
         self.index = _PackedIndex(words, self.n)
     @classmethod
     def of(cls,
-        entries:Sequence[tuple], # (row number, words, [source sample], tasks, models), by row number
+        entries:Sequence[tuple], # (row number, words, source samples, tasks, models), by row number
         version:int=0,           # of the bank
     )->"Bucket":
         "A bucket from entries."
@@ -385,11 +385,17 @@ class Bucket:
         "The score of every entry."
         return {"tfidf": _packed_tfidf, "bm25": _packed_bm25}[how](self.index, query)
     @cached_property
-    def sample_of(self)->np.ndarray: # int64 [n]
-        "The number of each entry's source sample."
-        out, sizes = np.empty(self.n, np.int64), self.samples.lengths()
-        out[self.samples.docs] = np.repeat(np.arange(len(sizes)), sizes)
-        return out
+    def _by_entry(self)->tuple[np.ndarray, np.ndarray]: # where an entry's samples begin [n + 1], samples
+        sizes, order = self.samples.lengths(), self.samples.docs.argsort(kind="stable")
+        starts = np.searchsorted(self.samples.docs[order], np.arange(self.n + 1))
+        return starts, np.repeat(np.arange(len(sizes)), sizes)[order]
+    def samples_of(self, doc:int)->list[int]:
+        "The numbers of an entry's source samples, in ascending order."
+        starts, samples = self._by_entry
+        return samples[starts[doc]:starts[doc + 1]].tolist()
+    def entries_of(self, sample:int)->list[int]:
+        "The entries that rest on a source sample."
+        return self.samples.docs[self.samples.starts[sample]:self.samples.starts[sample + 1]].tolist()
     def fits(self, model:str|None, barred:set[str])->np.ndarray|None: # bool [n], or None: all fit
         "Which entries may compete: `model` has taken part, and they rest on none of the barred tasks."
         if model is None and all(t is None for t in barred and self.tasks.names.where(list(barred))): return None
@@ -399,7 +405,7 @@ class Bucket:
         return out
 
 # %% ../../nbs/source/store/02_lexical.ipynb #b40f0b49
-_CUT = 2 # how `terms` cuts: goes into the checksum, so that a bucket that was cut otherwise is made again
+_CUT = 3 # how `terms` cuts and what samples are: in the checksum, so that what was stored otherwise is made again
 def _freeze(
     bucket:Bucket,
 )->tuple[int,str,bytes]: # checksum, JSON of the arrays' types and lengths, the arrays
