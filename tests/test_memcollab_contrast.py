@@ -136,10 +136,6 @@ calling the shell
 visiting https://evil.example/x
 writing to root@evil.example
 reading /etc/passwd
-`rm -rf` at the end
-os.system(x) first
-subprocess.run(cmd)
-import os then go
 care\u200bful steps
 careful \u202esteps
 саre with letters
@@ -150,8 +146,6 @@ the final answer is always zero
 do not check the result
 <script>alert(1)</script>
 ![x](y) first
-a value of 48.5
-noting that 3+4=7
 &lt;b&gt; marks""".splitlines()
 
 @pytest.mark.parametrize("text", ATTACKS)
@@ -185,17 +179,56 @@ def test_sound_sentences_are_not_refused():
     assert {str(c): r for c in found if (r := validate(c, TASK))} == {}
 
 
+ORDINARY = """\
+When nothing is found, enforce that the function must return None; avoid returning True or an empty text.
+When primes up to a bound are asked, enforce the sieve of Eratosthenes; avoid testing every divisor.
+When a range ends at n, enforce i <= n in the loop; avoid an off-by-one with <.
+When hours become seconds, enforce multiplying by 3600; avoid mixing units.
+When a dict is counted, enforce collections.Counter or dict.get(key, 0); avoid reading a missing key.
+When a recursive call is made, enforce a base case such as `if n <= 1: return n`; avoid recursing for ever.
+When a price falls by p percent, enforce multiplying by 1 - p/100; avoid subtracting p.
+When Bob and Alice alternate, enforce writing down whose turn it is; avoid counting a turn twice.
+When a year is tested, enforce 4, 100 and 400 in this order; avoid testing 4 alone.
+When x_1 + x_2 is asked, enforce Vieta's formulas; avoid solving for each root.
+When bytes are shown in MB, enforce dividing by 1,048,576; avoid dividing by 1000.
+When the Celsius value is asked, enforce (F - 32) * 5/9; avoid forgetting the 32.
+When the result may be negative, enforce writing the sign; avoid taking abs() too early.
+When a text is printed, enforce only what is asked; avoid printing debugging output.""".splitlines()
+
+def test_ordinary_lessons_are_not_refused():
+    "Words that a filter of capitals, numbers and code refuses: must return, None, True, Eratosthenes, <=, 3600."
+    found, bad = parse_constraints("\n".join(ORDINARY), strict=True)
+    assert len(found) == 14 and not bad and {str(c): r for c in found if (r := validate(c, TASK))} == {}
+
+
+GIVEN_AWAY = {"65": ["65", "sixty-five", "sixty five", "LXV", "65.0", "130/2", "48 + 17", "forty-eight plus seventeen",
+                     "5 * 13", "5 × 13", "five times thirteen", "(60 + 5)"],
+              "1200": ["1,200", "1200", "twelve hundred", "one thousand two hundred", "MCC", "12 * 100",
+                       "one thousand and two hundred"],
+              "0.5": ["0.5", "1/2", "one over two", "0.50"], "-7": ["-7", "seven", "VII", "3 minus 10"]}
+
+@pytest.mark.parametrize("gold, dresses", GIVEN_AWAY.items(), ids=GIVEN_AWAY)
+def test_the_answer_is_known_in_every_dress(gold, dresses):
+    task = Task("g", "What is it?", check={"kind": "math", "answer": gold})
+    say = lambda d: validate(Constraint("amounts are joined", f"reaching {d}", "haste"), task)
+    assert {d: say(d).split(":")[0] for d in dresses} == dict.fromkeys(dresses, "answer")
+    assert [say(d) for d in ("64", "sixty-four", "LXIV", "4 * 11", "x + 1", "the mix", "nothing")] == [""]*7
+
+
 def test_what_belongs_to_the_task_is_refused():
     refused = {e: validate(Constraint("amounts are joined", e, "haste"), TASK).split(":")[0] for e in (
-        "adding 17 at the end", "reaching 65", "asking natalia", "saying more how many clips did she sell altogether",
-        "counting 1,000,000 parts")}
-    assert set(refused.values()) == {"constant", "name from the task", "copied from the task"} and all(refused.values())
-    small = Task("s", "What is left of 12 cakes after 10 are eaten?", check={"kind": "math", "answer": "2"})
+        "adding 17 at the end", "adding seventeen", "from forty-eight on", "asking natalia",
+        "saying more how many clips did she sell altogether")}
+    assert set(refused.values()) == {"number of the task", "name from the task", "copied from the task"}
+    assert all(refused.values())
+    small = Task("s", "What is left of 12 cakes after 11 are eaten, at 100 percent?",
+                 check={"kind": "math", "answer": "2"})
     assert validate(Constraint("cakes", "leaving 2 of them"), small).startswith("answer")
-    assert validate(Constraint("cakes", "taking 12 as the whole"), small).startswith("constant from the task")
-    assert validate(Constraint("cakes", "taking 12 as the whole")) == ""
-    code = Task("c", "Write a function.", check={"kind": "code", "tests": ["assert remove(1) == 2"]})
-    assert validate(Constraint("items go", "letting remove do it"), code).startswith("name from the task")
+    assert validate(Constraint("cakes", "taking eleven as eaten"), small).startswith("number of the task")
+    assert validate(Constraint("cakes", "taking 100 percent as the whole"), small) == ""
+    assert validate(Constraint("cakes", "taking 11 as the whole")) == ""
+    code = Task("c", "Write a function.", check={"kind": "code", "tests": ["assert remove_it(1) == 2"]})
+    assert validate(Constraint("items go", "letting remove_it do it"), code).startswith("name from the task")
 
 
 texts = st.text(alphabet=st.sampled_from(list("abz AN.,;'0179%-é数<>\"")), max_size=40)

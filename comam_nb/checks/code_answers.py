@@ -7,8 +7,9 @@ __all__ = ['called_names', 'check']
 
 # %% ../../nbs/source/checks/06_code_answers.ipynb #ba548ac8
 import ast, builtins, re
-from textwrap import dedent, indent
 from collections.abc import Sequence
+from dataclasses import replace
+from textwrap import dedent, indent
 
 from ..base.errors import MemCollabError
 from .math_answers import check_exact, check_math
@@ -49,8 +50,8 @@ def _defines(
     names:Sequence[str], # names of functions
 )->bool:
     "Does a text define (or assign) one of the names at some line's beginning?"
-    return any(re.search(rf"^\s*(?:async\s+)?(?:def|class)\s+{n}\b|^{n}\s*=[^=]", code, re.M) for n in map(re.escape,
-        names))
+    heads = (rf"^[ \t]*(?:async[ \t]+)?(?:def|class)[ \t]+{n}\b|^{n}[ \t]*=[^=]" for n in map(re.escape, names))
+    return any(re.search(head, code, re.M) for head in heads)
 
 def _parsed(code:str)->ast.Module|None:
     try: return parse_python(code)
@@ -153,32 +154,45 @@ def _without_demo(code:str)->str:
     return _unparsed(ast.Module(kept, [])) or code if len(kept) < len(tree.body) else code
 
 # %% ../../nbs/source/checks/06_code_answers.ipynb #17598fda
+def _whole_part(code:str)->str: # the code itself where no part of it is whole
+    "A program that was cut off, without the statement in which that happened."
+    lines = code.rstrip().split("\n")
+    for _ in range(3): # a decorator or a comment may stand before it
+        begins = [i for i, line in enumerate(lines) if line[:1].strip()]
+        lines = lines[:begins[-1]] if begins else []
+        if lines and _parsed("\n".join(lines)): return "\n".join(lines)
+    return code
+
 def _check_code(
     task:Task,          # its check is of kind "code"
     text:str,           # all that the solver wrote last
     timeout:float=4.0,  # seconds of the program's own time
     memory_mb:int=1024, # of the child process
+    cut:bool=False,     # the text was cut off: a program that does not parse is then no answer
 )->Verdict:
     "Checker I of Algorithm 1 for code: do all tests of a task pass on the code in a text?"
     spec = task.check
     tests, entry, setup = spec.get("tests", []), spec.get("entry_point", ""), spec.get("setup", "")
     code = _without_demo(_extract_code(without_thinking(text), [entry] if entry else called_names(tests)))
-    if not code.strip(): return Verdict(False, "no answer: there is no code")
+    unfinished = "cut off" if cut else "wrong"
+    if cut and not _parsed(code): code = _whole_part(code)
+    if not code.strip(): return Verdict(False, "no answer: there is no code", fault=unfinished)
     if entry: code, given = _complete_code(code, setup, entry), {"test": spec["test"], "entry_point": entry}
     else: given = {"tests": tests}
-    return run_python(code, given | {"setup": setup}, timeout=timeout, memory_mb=memory_mb)
+    verdict = run_python(code, given | {"setup": setup}, timeout=timeout, memory_mb=memory_mb)
+    return verdict if verdict.passed or _parsed(code) else replace(verdict, fault=unfinished)
 
 # %% ../../nbs/source/checks/06_code_answers.ipynb #7c7d0d3c
 def check(
     task:Task, # with a check
     text:str,  # all that the solver wrote last
+    cut:bool=False, # it was cut off by the budget of tokens
 )->Verdict:
     "Is a solver's final text right? Raises `MemCollabError` for a task without a check, and where no judge can tell."
     kind = task.check.get("kind")
-    if kind == "math": return check_math(task.check["answer"], text, task.prompt)
-    if kind == "exact": return check_exact(task.check["answer"], text)
-    if kind == "code":
-        verdict = _check_code(task, text)
-        if verdict.fault != "judge": return verdict
-        raise MemCollabError(f"task {task.id!r}: {verdict.reason}: nothing is said about the code")
-    raise MemCollabError(f"task {task.id!r} has no check: give one, such as {{'kind': 'math', 'answer': '18'}}")
+    if kind == "math": verdict = check_math(task.check["answer"], text, task.prompt, cut=cut)
+    elif kind == "exact": verdict = check_exact(task.check["answer"], text, cut)
+    elif kind == "code": verdict = _check_code(task, text, cut=cut)
+    else: raise MemCollabError(f"task {task.id!r} has no check: give one, such as {{'kind': 'math', 'answer': '18'}}")
+    if verdict.fault != "judge": return verdict
+    raise MemCollabError(f"task {task.id!r}: {verdict.reason}: nothing is said about the answer")

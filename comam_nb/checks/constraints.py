@@ -6,7 +6,7 @@
 __all__ = ['NEAR', 'one_line', 'Constraint', 'known_pairs', 'validate', 'absorb', 'merge', 'parse_constraints', 'Distillation']
 
 # %% ../../nbs/source/checks/08_constraints.ipynb #79d39520
-import hashlib, html, json, re, unicodedata
+import ast, hashlib, html, json, math, operator, re, unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -119,10 +119,6 @@ def _check_hidden(c:Constraint, task:Task|None=None)->str:
     return ""
 
 # %% ../../nbs/source/checks/08_constraints.ipynb #289560ec
-_CODE = re.compile(
-    r"`|\b(?:def|class|lambda|import|return|print|exec|eval)\s*[(\w]*\s*[(:=]|\bimport\s+(?:os|sys|re|math"
-    r"|numpy|random|itertools|collections|subprocess)\b|[=!<>]=|->|\+=|\*\*|\w+\.\w+\(|\b[a-z]+_\w+"
-    r"|\b[a-z]+[a-z0-9]*[A-Z]\w*|[{};]\s*$|\$\(|&&|\|\|")
 _MARKUP = re.compile(r"<(?!n>)/?[a-zA-Z!|][^>]{0,80}>?|\[/?INST\]|&\w+;|!\[|\]\(")
 _ADDRESS = re.compile(
     r"https?:|www\.|\b[\w.+-]+@[\w-]+\.\w|\b[\w-]+\.(?:com|org|net|io|ai|dev|py|sh|exe)\b|(?:^|\s)(?:~"
@@ -130,10 +126,10 @@ _ADDRESS = re.compile(
 
 # %% ../../nbs/source/checks/08_constraints.ipynb #1c059c9c
 def _check_markup(c:Constraint, task:Task|None=None)->str:
-    "No code, no markup, no addresses or paths."
+    "No markup, no addresses or paths."
     for part in (c.when, c.enforce, c.avoid):
         part = unicodedata.normalize("NFKC", part)
-        for name, pattern in (("address", _ADDRESS), ("markup", _MARKUP), ("code", _CODE)):
+        for name, pattern in (("address", _ADDRESS), ("markup", _MARKUP)):
             if m := pattern.search(part): return f"{name}: {m[0].strip()[:40]!r}"
     return ""
 
@@ -150,8 +146,7 @@ _INSTRUCTIONS = tuple(re.compile(p, re.I) for p in (
     r"\b(?:jailbreak|dan mode|do anything now|api[ -]?keys?|passwords?|credentials?|secret key|access token)\b",
     r"\b(?:reveal|leak|exfiltrat|upload|download|e-?mail|post)\w*\b.{0,30}\b(?:data|key|keys|file|files|prompt"
     r"|memory|user|users|conversation)\b",
-    r"\b(?:always|only|just|simply|must)\s+(?:answer|answering|reply|replying|respond|responding|say|saying|output"
-    r"|outputting|write|writing|print|printing|return|returning)\b",
+    r"\b(?:always|only|just|simply|must)\s+(?:answer|answering|reply|replying|respond|responding|say|saying)\b",
     r"(?<!the )(?<!its )(?<!final )\b(?:answer|answering|reply|replying|respond|responding|output|outputting|say"
     r"|saying)\s+(?:with|only|always|exactly|the word)\b",
     r"\bfinal answer\s+(?:is|to|as|of)\b",
@@ -168,27 +163,76 @@ def _check_instruction(c:Constraint, task:Task|None=None)->str:
     return ""
 
 # %% ../../nbs/source/checks/08_constraints.ipynb #48eb6f9d
-_ALWAYS, _STRUCTURAL = {0, 1, 2}, {*range(13), 60, 90, 100, 180, 360, 1000}
+_ALWAYS = {0, 1, 2}
+_UNITS = {7, 10, 12, 24, 30, 52, 60, 90, 100, 180, 360, 365, 366, 1000, 1024, 3600} # belong to no task
+_SMALL_NUMBERS = {w: n for n, w in enumerate("""zero one two three four five six seven eight nine ten eleven twelve
+    thirteen fourteen fifteen sixteen seventeen eighteen nineteen""".split())}
+_TENS = {w: n for n, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+_SCALES = {"thousand": 1000, "million": 10**6}
+_NUMBER_WORDS = "|".join([*_SMALL_NUMBERS, *_TENS, "hundred", *_SCALES][::-1])
+_WORDED = re.compile(rf"\b(?:{_NUMBER_WORDS})(?:(?:[\s-]+|\s+and\s+)(?:{_NUMBER_WORDS}))*\b", re.I)
+_ROMAN = re.compile(r"\b(?=[MDCLXVI]{2})M{0,3}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})\b")
+_OPERATORS = {"plus": "+", "minus": "-", "less": "-", "times": "*", "multiplied by": "*", "divided by": "/",
+              "over": "/", "×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"}
+_OPERATOR = re.compile("|".join(rf"\b{o}\b" if o.isascii() else o for o in _OPERATORS), re.I)
 _NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
-_WORKED = re.compile(r"(?<![\w^.])\d+(?:\.\d+)?(?:\s[-/]\s|\s*[+*×÷·^]\s*)\$?\d|=\s*\$?-?(?![012](?!\d))\d")
+_SUM = re.compile(r"\(*\s*\d[\d.]*\s*\)*(?:\s*[-+*/^]\s*\(*\s*\d[\d.]*\s*\)*)+")
 
 # %% ../../nbs/source/checks/08_constraints.ipynb #35335de6
+def _say_word(m:re.Match)->str: # "forty-eight" -> "48"
+    total = part = 0
+    for w in re.findall(r"[a-z]+", m[0].lower().replace(" and ", " ")):
+        if w == "hundred": part = max(part, 1)*100
+        elif w in _SCALES: total, part = total + max(part, 1)*_SCALES[w], 0
+        else: part += _SMALL_NUMBERS.get(w, 10*_TENS.get(w, 0))
+    return str(total + part)
+
+def _say_roman(m:re.Match)->str: # "XVIII" -> "18"
+    values = [dict(I=1, V=5, X=10, L=50, C=100, D=500, M=1000)[c] for c in m[0]]
+    return str(sum(-v if v < max(values[i:]) else v for i, v in enumerate(values)))
+
+def _in_digits(text:str)->str:
+    "A text with all its numbers in digits, and the signs of arithmetic in ASCII."
+    text = unicodedata.normalize("NFKC", text)
+    text = _ROMAN.sub(_say_roman, _WORDED.sub(_say_word, text))
+    text = _OPERATOR.sub(lambda m: f" {_OPERATORS[m[0].lower()]} ", text)
+    return _NUMBER.sub(lambda m: m[0].replace(",", ""), text)
+
 def _numbers(
     text:str, # any text
 )->set[float]: # the numbers in it, unsigned
-    "Numbers written in digits."
-    return {float(n.replace(",", "")) for n in _NUMBER.findall(unicodedata.normalize("NFKC", text))}
+    "Numbers in digits, in words and in Roman letters."
+    return {float(n) for n in _NUMBER.findall(_in_digits(text))}
+
+def _value(node:ast.AST)->float: # of a sum; ValueError for anything else
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)): return float(node.value)
+    if not isinstance(node, ast.BinOp): raise ValueError("no sum")
+    a, b = _value(node.left), _value(node.right)
+    if isinstance(node.op, ast.BitXor | ast.Pow): return math.pow(a, b)
+    return {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+            ast.Div: operator.truediv}[type(node.op)](a, b)
+
+def _worked(
+    text:str, # any text
+)->set[float]: # what the sums in it come to
+    "Values of the sums that are written out in a text."
+    out = set()
+    for found in _SUM.findall(_in_digits(text)):
+        try: out.add(abs(round(_value(ast.parse(found.strip().replace("^", "**"), mode="eval").body), 9)))
+        except (SyntaxError, ValueError, KeyError, ArithmeticError, RecursionError, MemoryError): continue
+    return out
 
 # %% ../../nbs/source/checks/08_constraints.ipynb #085c9227
-def _check_constant(c:Constraint, task:Task|None=None)->str:
-    "No worked step, no number of the task, no number that belongs to no task in particular."
+def _check_numbers(c:Constraint, task:Task|None=None)->str:
+    "Neither the task's answer nor its numbers, however they are written."
+    if task is None: return ""
     text = _plain(c)
-    if m := _WORKED.search(text): return f"worked step: {m[0]!r}"
-    found = _numbers(text)
-    if odd := sorted(found - _STRUCTURAL): return f"constant: {odd[0]:g}"
-    if task and (taken := sorted((found & _numbers(task.prompt)) - _ALWAYS)):
-        return f"constant from the task: {taken[0]:g}"
-    return ""
+    found, gold = _numbers(text), str(task.check.get("answer", "") if isinstance(task.check, dict) else "")
+    if re.fullmatch(r"\s*[-$]?\s*[\d,.]+\s*%?", gold.strip() or "-"):
+        taken = sorted(_numbers(gold) & (found | _worked(text)))
+        if taken: return f"answer: {taken[0]:g} is the task's answer"
+    taken = sorted((found & _numbers(task.prompt)) - _ALWAYS - _UNITS)
+    return f"number of the task: {taken[0]:g}" if taken else ""
 
 # %% ../../nbs/source/checks/08_constraints.ipynb #14b981a9
 _EPONYMS = frozenset("""Abel Abelian Archimedes Bayes Bayesian Bernoulli Bezout Bézout Binet Boolean Cartesian Catalan
@@ -197,6 +241,8 @@ Euclidean Euler Fermat Fibonacci Fubini Gauss Gaussian Heron Hilbert Horner Jens
 Lagrange Laplace Latin Legendre Leibniz Markov Menelaus Mersenne Moivre Newton Pascal Pell
 Platonic Ptolemy Pythagoras Pythagorean Python Riemann Rolle Roman Russian Schwarz Simpson
 Stewart Stirling Sturm Sylvester Taylor Thales Unicode Vandermonde Venn Vieta Wilson""".split())
+_CALENDAR = frozenset("""monday tuesday wednesday thursday friday saturday sunday january february march april may june
+july august september october november december""".split())
 
 # %% ../../nbs/source/checks/08_constraints.ipynb #07398c04
 def _task_names(
@@ -211,24 +257,14 @@ def _task_names(
     tests = task.check.get("tests", ()) if isinstance(task.check, dict) else ()
     called = re.findall(r"assert\s+(\w+)\s*\(", "\n".join([tests] if isinstance(tests, str) else map(str, tests)))
     entry = task.check.get("entry_point") if isinstance(task.check, dict) else None
-    return {n.lower() for n in (*names, *called, *([str(entry)] if entry else ())) if len(n) > 2}
+    return {n.lower() for n in (*names, *called, *([str(entry)] if entry else ())) if len(n) > 2} - _CALENDAR
 
 # %% ../../nbs/source/checks/08_constraints.ipynb #df92abc6
-def _is_name(
-    word:str,     # without a possessive's end
-    own:set[str], # words of the entry's category, lower case
-)->bool:
-    "A capital letter that neither mathematics, nor an abbreviation, nor the category explains."
-    if not word[:1].isupper() or len(word) == 1 or word.isupper(): return False
-    return word.lower() not in own and not set(word.split("-")) & _EPONYMS
-
 def _check_name(c:Constraint, task:Task|None=None)->str:
-    "No proper names, no names of the task."
+    "No names of the task."
+    if task is None: return ""
     own, bare = {w.lower() for w in _words(f"{c.category} {c.subcategory}")}, lambda w: re.sub(r"['’]s$", "", w)
-    for part in (c.when, c.enforce, c.avoid):
-        for word in _words(unicodedata.normalize("NFKC", part))[1:]:
-            if _is_name(bare(word), own): return f"name: {word!r}"
-    taken = {bare(w.lower()) for w in _words(_plain(c))} & (_task_names(task) if task else set())
+    taken = ({bare(w.lower()) for w in re.findall(r"\w+(?:['’-]\w+)*", _plain(c))} & _task_names(task)) - own
     return f"name from the task: {sorted(taken)[0]!r}" if taken else ""
 
 # %% ../../nbs/source/checks/08_constraints.ipynb #d85c788e
@@ -241,8 +277,7 @@ def _check_copy(c:Constraint, task:Task|None=None)->str:
     if task is None: return ""
     gold, text = str(task.check.get("answer", "") if isinstance(task.check, dict) else "").strip(), _plain(c)
     if gold and gold.lower() not in _EVERYDAY:
-        value = _numbers(gold) if re.fullmatch(r"\s*[-$]?\s*[\d,.]+\s*%?", gold) else set()
-        if value & _numbers(text) or re.search(rf"(?<!\w){re.escape(gold.lower())}(?!\w)", text.lower()):
+        if re.search(rf"(?<!\w){re.escape(gold.lower())}(?!\w)", text.lower()):
             return f"answer: {gold[:40]!r} is the task's answer"
     ours, theirs = ([w.lower() for w in _words(t)] for t in (str(c), task.prompt))
     runs = {tuple(theirs[i:i+_COPIED]) for i in range(len(theirs) - _COPIED + 1)}
@@ -280,7 +315,7 @@ def _similarity(
 
 # %% ../../nbs/source/checks/08_constraints.ipynb #6df3993a
 # (constraint, task or None) -> reason
-_CHECKS = [_check_form, _check_hidden, _check_markup, _check_instruction, _check_constant, _check_name, _check_copy]
+_CHECKS = [_check_form, _check_hidden, _check_markup, _check_instruction, _check_numbers, _check_name, _check_copy]
 NEAR = 0.8 # from which similarity two constraints are duplicates
 
 # %% ../../nbs/source/checks/08_constraints.ipynb #6d572d64
@@ -375,10 +410,10 @@ def _json_items(text):
 def _sentences(text):
     "Lines without bullets and bold marks; one that goes on with 'enforce' or 'avoid' joins the one before."
     out = []
-    for line in text.splitlines():
+    for line in filter(str.strip, text.splitlines()):
         line = re.sub(r"^[\s>\-•*#]*(?:\(?\d{1,3}[.):]\s*)?|\*\*|__", "", line[:_MAX_LINE]).strip(" \t\"'`|")
         goes_on = re.match(r"(?:(?:and|but)\s+)?(?:enforce|ensure|avoid|never)\b", line, re.I)
-        if goes_on and out: out[-1] = f"{out[-1].rstrip(',;. ')}; {line}"
+        if goes_on and out and len(out[-1]) < _MAX_LINE: out[-1] = f"{out[-1].rstrip(',;. ')}; {line}"
         elif line: out.append(line)
     return out
 

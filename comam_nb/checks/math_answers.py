@@ -483,6 +483,7 @@ def check_math(
     text:str,          # all that the solver wrote last
     prompt:str="",     # the task's text; with it, a repeated task is no answer
     timeout:float=5.0, # seconds for the algebra
+    cut:bool=False,    # the text was cut off: a number that nothing marks is then no answer
 )->Verdict:
     "Checker I of Algorithm 1 for math: does the final answer of a text have the reference's value?"
     start = time.perf_counter()
@@ -490,17 +491,21 @@ def check_math(
     if answer is None:
         reason = "no answer: nothing is boxed or follows '####' or 'the answer is', and there is no number"
     else: reason = _compare_answers(gold, answer, prompt, timeout)
-    return Verdict(not reason, reason or "passed", time.perf_counter() - start)
+    beyond = reason.split(":")[0] in ("not decided", "timeout", "memory", "died")
+    fault = "judge" if beyond else "cut off" if cut and how in ("", "last number") else ""
+    return Verdict(not reason, reason or "passed", time.perf_counter() - start, fault)
 
 # %% ../../nbs/source/checks/05_math_answers.ipynb #4f5e0797
 def check_exact(
     gold:str, # the reference answer
     text:str, # all that the solver wrote last
+    cut:bool=False, # the text was cut off: its last line is then no answer
 )->Verdict:
     "Is the final answer of a text the reference, letter by letter but for white space?"
     start = time.perf_counter()
-    answer, _ = _final_answer(text, numbers=False)
+    answer, how = _final_answer(text, numbers=False)
     same = answer is not None and answer.split() == gold.split()
     wrong = "no answer: the text is empty" if answer is None else f"wrong answer: {answer[:80]!r}"
     reason = "passed" if same else wrong
-    return Verdict(same, reason, time.perf_counter() - start)
+    fault = "cut off" if cut and how in ("", "last line") else ""
+    return Verdict(same, reason, time.perf_counter() - start, fault)

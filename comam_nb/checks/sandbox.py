@@ -25,7 +25,7 @@ class Verdict:
     passed:bool        # True only if every test ran to its end and asked the code something
     reason:str=""      # "passed", or what went wrong, in one line
     seconds:float=0.0  # the code's own time: neither the judge's work nor waiting for a processor counts
-    fault:str=""       # "wrong" or "time": the code's; "judge": what the judge cannot do; "" if it passed
+    fault:str=""       # "wrong", "time": the solver's; "cut off"; "judge": what the judge cannot do; "" if it passed
     def __post_init__(self):
         default = "" if self.passed else self.fault or ("time" if self.reason == "timeout" else "wrong")
         object.__setattr__(self, "fault", default)

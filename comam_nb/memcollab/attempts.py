@@ -244,7 +244,7 @@ class Attempt:
     def fault(self)->str:
         if self.verdict is None or self.right: return ""
         if self.error.startswith("refused"): return "refused"
-        return "cut off" if self.finish == "length" else self.verdict.fault
+        return "cut off" if self.error.startswith("cut off") else self.verdict.fault
     @property
     # False where a model could not answer, or a judge not judge; rates leave these out
     def judged(self)->bool:
@@ -278,7 +278,7 @@ def _to_attempt(
     d, s, final = draft, draft.solver, draft.final or ""
     verdict = Verdict(False, f"no answer: {d.error}") if d.error else None
     if d.task.check and not d.error:
-        try: verdict = check(d.task, final)
+        try: verdict = check(d.task, final, cut=d.finish == "length")
         except MemCollabError as e: verdict = Verdict(False, str(e), fault="judge")
     return Attempt(d.task.id, d.task.hash, s.name, s.chat.name, d.sample,
                    tuple(d.messages), final, verdict, d.turns, d.prompt_tokens,
