@@ -1,5 +1,5 @@
 "`memcollab` as a user meets it: runs against a server that misbehaves, a kill, one clear line for bad input."
-import json, os, re, signal, socket, sqlite3, subprocess, sys, time
+import json, os, re, signal, socket, sqlite3, subprocess, sys, threading, time
 from collections import Counter
 from pathlib import Path
 
@@ -311,6 +311,25 @@ def test_options_reach_the_server(place, server, monkeypatch):
     assert sum(b["messages"][0] == {"role": "system", "content": "Be brief."} for b in bodies) == 6
 
 
+def test_no_secret_is_printed_or_kept(place, server, capsys, monkeypatch):
+    "A key that the server repeats, a password in the address: neither in what is printed nor in any file."
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-mine-123456789")
+    body = json.dumps({"error": {"message": "wrong key sk-mine-123456789, Bearer sk-mine-123456789; ana:p4ssw0rd"}})
+    spec = server.url.replace("://", "://ana:p4ssw0rd@") + "#m"
+    run = ["build", "--bank", place.bank, "--tasks", place.tasks, "--weak", f"plain:{spec}", "--strong", f"cot:{spec}",
+           *place.fast, "--report", str(place.dir / "report.json")]
+    def says(status): return lambda handler: handler.send(status, body.encode())
+    for status in (401, 400, 500):
+        server.always = says(status)
+        main(run)
+    server.always = None
+    assert main(run) == 0
+    told = "".join(capsys.readouterr()) + "".join(p.read_bytes().decode("utf-8", "replace")
+                                                 for p in place.dir.rglob("*") if p.is_file())
+    assert "wrong key" in told or "127.0.0.1" in told
+    assert not re.findall(r".{40}(?:sk-mine-1|p4ssw0rd).{40}", told, re.S)
+
+
 def test_several_endpoints(place, server, capsys):
     other = type(server)(); other.answer = answer
     spec = f"{server.url},{other.url}#m"
@@ -487,6 +506,29 @@ def test_ctrl_c(place, server, capsys):
     server.answer = lambda prompt: ([os.kill(os.getpid(), s) for s in once], time.sleep(0.3), "x")[2]
     assert main(place.build) == 130
     assert capsys.readouterr().err.strip().startswith("memcollab: stopped; what was done is kept")
+
+
+@pytest.mark.parametrize("stage", ["Which category", "started with 3", "The preferred attempt"])
+def test_ctrl_c_does_not_wait_for_a_server(stage, place, server):
+    "Sorting, solving, distilling: a request that nobody answers holds nothing up, and the next run does the rest."
+    waits, gone = threading.Event(), threading.Event()
+    def silent(prompt):
+        if stage in prompt and not gone.is_set():
+            waits.set()
+            gone.wait(120)
+        return answer(prompt)
+    server.answer = silent
+    code = "import sys; from comam_nb.cli.memcollab import main; sys.exit(main())"
+    run = subprocess.Popen([sys.executable, "-c", code, *place.build, "--classify", "llm"], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True)
+    assert waits.wait(120)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)   # the server is silent for longer
+    assert run.returncode == 130 and "memcollab: stopped" in err and "Traceback" not in err
+    before = len(server.log)
+    gone.set()
+    assert main([*place.build, "--classify", "llm"]) == 0 and len(entries(place.bank)) == 1
+    assert len(server.log) > before
 
 
 def test_our_own_mistakes_are_shown_in_full(place, monkeypatch):

@@ -387,3 +387,47 @@ def test_import_is_light():
             "sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1],
                           check=True).stdout.strip() == "[]"
+
+
+# tests that prove little, and texts that cost time
+
+@pytest.mark.parametrize("tests, why", [
+    (["assert f(3)", "assert f(4) == True"], "every assertion expects yes"),
+    (["assert f(3) == 9"], "every assertion expects 9"),
+    (["assert not f(3)", "assert f(4) is False"], "every assertion expects no"), (["f(3)"], "there is no assertion"),
+    (["assert isinstance(f(3), int)"], "every assertion expects a type"), (["assert f(3) is not None"],
+                                                                           "every assertion expects yes"),
+    (["assert f(3) == 9", "assert f(2) == 4"], ""), (["assert f(3)", "assert not f(4)"], ""),
+    (["assert f(3) == g(3)"], ""),
+    (["import numpy as np", "np.testing.assert_allclose(f(3), 9)"], ""), (["assert abs(f(3) - 9) < 1e-6"], ""),
+    (["assert math.isclose(f(3), 9)"], "")])
+def test_weak_tests_are_named(tests, why):
+    assert Task("t", "Write f.", check={"kind": "code", "tests": tests}).weakness == why
+
+
+def test_weak_tests_of_the_benchmarks(shared):
+    "HumanEval/34 has one assertion; no task of MBPP's sanitized test split is weak in this sense."
+    human, mbpp = (load(shared / path) for load, path in ((load_humaneval, "humaneval/HumanEval.jsonl.gz"),
+                                                          (load_mbpp, "mbpp/sanitized-mbpp.json")))
+    assert (len(human), len(mbpp)) == (164, 257)
+    assert [t.id for t in human + mbpp if t.weakness] == ["HumanEval/34"]
+
+
+MEGABYTE = {"blank lines": "x" + "\n"*1_000_000 + "def f(x): return x", "blanks behind When": "When x" + " "*1_000_000,
+            "fences": "```\n"*250_000, "tildes": "~~~\n"*250_000, "asy": "[asy]"*200_000, "boxes": r"\boxed{"*140_000,
+            "thinking": "<think>"*140_000, "carriage returns": "\r\n"*500_000, "enforce": "enforce x\n"*100_000,
+            "lines with a blank": "\n    "*200_000, "commas": "When a, "*125_000, "numbers": "1 "*500_000}
+
+@pytest.mark.parametrize("text", MEGABYTE.values(), ids=MEGABYTE)
+def test_a_megabyte_is_read_in_one_pass(text):
+    "Quadratic readers would need hours for these: 32,000 blank lines took 23 s once."
+    from comam_nb.checks.constraints import Constraint, parse_constraints, validate
+    from comam_nb.lm.chat import without_thinking
+    from comam_nb.memcollab.attempts import _FINAL, _split_action, with_memory
+    from comam_nb.memcollab.contrast import quote
+    stub = "def f(x):\n    'squares'\n"
+    spec = {"kind": "code", "test": "def check(f): assert f(3) == 9", "entry_point": "f", "setup": stub}
+    assert not check(Task("t", "Write f.", check=spec), text).passed
+    assert not check(Task("t", "How many?", check={"kind": "math", "answer": "77"}), text).passed
+    parse_constraints(text), validate(Constraint("a", text), Task("t", text[:10_000] + "?")), without_thinking(text)
+    _split_action(text), list(_FINAL.finditer(text)), with_memory("q", [text]), quote(text), called_names([text])

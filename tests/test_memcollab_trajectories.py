@@ -791,3 +791,64 @@ def test_smollm2_as_an_agent(smollm2, tmp_path):
     [t] = solve([Task("t", "What is 2 + 3?", check={"kind": "math", "answer": "5"})], Solver("small", chat, "cot",
         max_tokens=40), tmp_path / "t.jsonl")
     assert t.turns == 1 and t.completion_tokens > 0 and t.verdict is not None
+
+
+# ---- whose fault it was --------------------------------------------------------------------------------------------
+CODE = {"kind": "code", "tests": ["assert f(3) == 9", "assert f(2) == 4"]}
+BLOCK = "```python\n{}\n```"
+FAULTS = [  # check, reply, finish, fault
+    ({"kind": "math", "answer": "18"}, r"\boxed{18}", "stop", ""),
+    ({"kind": "math", "answer": "18"}, r"\boxed{17}", "stop", "wrong"),
+    ({"kind": "math", "answer": "18"}, r"\boxed{17}, and now I go on", "length", "wrong"),     # it said so
+    ({"kind": "math", "answer": "18"}, "First 16 - 3 = 13, then", "length", "cut off"),
+    ({"kind": "math", "answer": "18"}, "First 16 - 3 = 13, then", "stop", "wrong"),
+    ({"kind": "math", "answer": "18"}, "<think>16 eggs, less 3", "length", "cut off"),
+    ({"kind": "math", "answer": "18"}, "", "refused: too long", "refused"),
+    ({"kind": "exact", "answer": "tea"}, "It is not quite", "length", "cut off"),
+    (CODE, BLOCK.format("def f(x): return x*x"), "stop", ""),
+    (CODE, BLOCK.format("def f(x): return x+x"), "stop", "wrong"),
+    (CODE, "```python\ndef f(x): return x*x\n\ndef g(", "length", ""), # what was finished is right
+    (CODE, "```python\ndef f(x):\n    return (x", "length", "cut off"),
+    (CODE, "```python\ndef f(x):\n    return (x", "stop", "wrong"),
+    (CODE, BLOCK.format("def f(x):\n    while True: pass"), "stop", "time"),
+    (CODE, BLOCK.format("import os\ndef f(x):\n    os.fork()\n    return x*x"), "stop", "judge"),
+    (CODE | {"tests": ["import no_such_package", "assert f(3) == 9"]}, BLOCK.format("def f(x): return 9"), "stop",
+     "judge"),
+    (CODE | {"tests": ["assert V(1) + V(2) == V(3)"]}, BLOCK.format(
+        "class V:\n    def __init__(self, x): self.x = x\n    def __add__(self, o): return V(self.x + o.x)"), "stop",
+     "judge")]
+
+@pytest.mark.parametrize("spec, text, finish, fault", FAULTS,
+                         ids=[f"{f or 'right'} {i}" for i, (*_, f) in enumerate(FAULTS)])
+def test_a_result_says_whose_fault_it_was(spec, text, finish, fault):
+    task = Task("t", "What is f?", check=spec, domain="code" if spec["kind"] == "code" else "math")
+    [t] = solve(task, plain(Script(lambda m: Reply(text, 9, 9, 0.1, finish))))
+    assert (t.fault, t.right, t.judged) == (fault, fault == "", fault in ("", "wrong", "time"))
+    again = Attempt.from_json(json.loads(json.dumps(t.to_json())))
+    assert (again, again.fault) == (t, t.fault)
+
+
+def test_rates_and_pairs_leave_out_what_was_not_judged(tmp_path):
+    "Of five tasks one is cut off, one refused, one beyond the judge: a rate of two, and no lesson from three."
+    from comam_nb.memcollab.contrast import pair
+    from comam_nb.memcollab.results import Results, compare
+    from comam_nb.memcollab.arms import Arm
+    tasks = [*numbers(4), Task("f", "Write f.", check=CODE | {"tests": ["import no_such_package", "assert f(3) == 9"]})]
+    says = {"0": Reply(r"\boxed{0}", 1, 1, 0.0, "stop"), "1": Reply(r"\boxed{7}", 1, 1, 0.0, "stop"),
+            "2": Reply("Well, let me", 1, 1, 0.0, "length"), "3": Reply("", 1, 0, 0.0, "refused: no"),
+            "f": Reply(BLOCK.format("def f(x): return x*x"), 1, 1, 0.0, "stop")}
+    weak = plain(Script(lambda m: says[m[-1]["content"].rstrip(".").split()[-1]], "weak"), "weak")
+    strong = plain(Script(echo, "strong"), "strong")
+    attempts = solve(tasks, [weak, strong])
+    pairs = pair(attempts, tasks)
+    assert [p.task.id for p in pairs] == ["n1"]
+    assert {k: n for k, n in pairs.skipped.items() if "not judged" in k} == {
+        "attempt: it was not judged (cut off)": 1, "attempt: it was not judged (judge)": 2} and \
+        pairs.skipped["attempt: it broke off"] == 1
+    results = Results()
+    for name in ("vanilla", "memory"):
+        results.take(Arm(name, None), 0, tasks, {"weak": [a for a in attempts if a.solver == "weak"]}, ["weak"])
+    c = compare(results, "weak", "memory")
+    assert (c.n, c.mean) == (2, .5)
+    assert results.not_judged("weak", "memory") == {"cut off": 1, "refused": 1, "judge": 1}
+    assert "1 cut off, 1 refused, 1 judge" in str(results) and "1 cut off" in results._repr_html_()

@@ -107,7 +107,7 @@ def called_names(
     python:dict[str, None] = {}
     for t in tests:
         try: tree = parse_python(t)
-        except (SyntaxError, ValueError, RecursionError): continue
+        except (SyntaxError, ValueError, RecursionError, MemoryError): continue
         imported = {a.asname or a.name for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))
                     for a in n.names}
         for n in ast.walk(tree):
@@ -154,6 +154,8 @@ def _without_demo(code:str)->str:
     return _unparsed(ast.Module(kept, [])) or code if len(kept) < len(tree.body) else code
 
 # %% ../../nbs/source/checks/06_code_answers.ipynb #17598fda
+_LONGEST = 100_000 # characters of a reply that are read: nobody's program is longer
+
 def _whole_part(code:str)->str: # the code itself where no part of it is whole
     "A program that was cut off, without the statement in which that happened."
     lines = code.rstrip().split("\n")
@@ -171,9 +173,10 @@ def _check_code(
     cut:bool=False,     # the text was cut off: a program that does not parse is then no answer
 )->Verdict:
     "Checker I of Algorithm 1 for code: do all tests of a task pass on the code in a text?"
-    spec = task.check
+    spec, text = task.check, without_thinking(text)
+    if len(text) > _LONGEST: text, cut = text[:_LONGEST], True
     tests, entry, setup = spec.get("tests", []), spec.get("entry_point", ""), spec.get("setup", "")
-    code = _without_demo(_extract_code(without_thinking(text), [entry] if entry else called_names(tests)))
+    code = _without_demo(_extract_code(text, [entry] if entry else called_names(tests)))
     unfinished = "cut off" if cut else "wrong"
     if cut and not _parsed(code): code = _whole_part(code)
     if not code.strip(): return Verdict(False, "no answer: there is no code", fault=unfinished)

@@ -62,9 +62,8 @@ def _sort_task(task, chat=None, domain=None): # (Task with labels, Counter of "c
 
 def _sort_tasks(tasks, chat=None, domain=None): # list of Task with labels
     "Sort tasks, side by side where the model allows it, and say how that went."
-    from concurrent.futures import ThreadPoolExecutor
-    with ThreadPoolExecutor(getattr(chat, "workers", 1)) as pool:
-        done = list(pool.map(lambda t: _sort_task(t, chat, domain), tasks))
+    from comam_nb.lm.chat import in_threads
+    done = in_threads(lambda t: _sort_task(t, chat, domain), tasks, getattr(chat, "workers", 1))
     stats, bare = sum((s for _, s in done), Counter()), sum(not t.category for t, _ in done)
     if stats["calls"]:
         print(f"{stats['calls']} questions about kinds of tasks, {stats['garbage']} replies of no use: "
@@ -106,10 +105,9 @@ class _Together:
         return reply
     def chat_many(self, conversations, **settings):
         "A reply for each; the first failure is raised when all are home."
-        from concurrent.futures import ThreadPoolExecutor
+        from comam_nb.lm.chat import in_threads
         if hasattr(self.inner, "chat_many"): return self.inner.chat_many(conversations, **settings)
-        with ThreadPoolExecutor(self.workers) as pool:
-            return list(pool.map(lambda m: self.chat(m, **settings), conversations))
+        return in_threads(lambda m: self.chat(m, **settings), conversations, self.workers)
 
 # %% ../../nbs/source/cli/08_memcollab_tasks.ipynb #4ab6e58b
 class Job:

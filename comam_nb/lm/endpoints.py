@@ -8,15 +8,15 @@ __all__ = ['EndpointChat', 'EndpointPool']
 # %% ../../nbs/source/lm/07_endpoints.ipynb #671e2e80
 import json, math, os, random, re, threading, time, warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
 
 from ..base.errors import ChatDown, MemCollabError
-from .chat import ChatModel, Reply, merge_system
+from .chat import ChatModel, Reply
 
 # %% ../../nbs/source/lm/07_endpoints.ipynb #608bfe06
 class _RateLimit:
@@ -159,6 +159,17 @@ def _judge(
     wait = _retry_after(getattr(error, "response").headers)
     return _Fault("again" if status in (408, 409, 425, 429) or status >= 500 else "fatal", why, wait)
 
+# %% ../../nbs/source/lm/07_endpoints.ipynb #b07abb0a
+_KEY_LIKE = re.compile(r"\b(?:sk|pk|hf|gsk|key|xai|AIza)[-_][\w*.-]{6,}|(?<=Bearer )\S+|(?<=://)[^/\s@]+(?=@)", re.I)
+
+def _hidden(
+    text:str, # what a server, or a library, said
+    secrets:Iterable[str]=(), # that must not be seen
+)->str:
+    "A text without keys and passwords."
+    for secret in secrets: text = text.replace(secret, "…")
+    return _KEY_LIKE.sub("…", text)
+
 # %% ../../nbs/source/lm/07_endpoints.ipynb #6aa3772b
 _REFUSES = re.compile(r"unsupported|not (?:be )?supported|n[o']t support|unknown|unrecogni[sz]ed|unexpected"
                       r"|not (?:allowed|permitted)|extra (?:inputs|fields)|only the default", re.I)
@@ -208,7 +219,7 @@ class _Server:
     def ask(self, messages, max_tokens, **settings)->Reply:
         "An answer, asked in the way that this server likes."
         for left in reversed(range(len(_FIELDS) + 3)):
-            told = merge_system(messages) if "system" in self.quirks else messages
+            told = ChatModel.without_system(messages) if "system" in self.quirks else messages
             fields = self.fields(max_tokens=max_tokens, **settings)
             try: return self.send(told, fields)
             except Exception as e:
@@ -243,6 +254,7 @@ class EndpointChat(ChatModel):
             if value < least: raise MemCollabError(f"{what} is {value!r}: use {least:g} or more")
         import openai
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
+        self._secrets = [s for s in (key, urlsplit(base_url).password) if s and s != "none"]
         client = openai.OpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=0)
         self.name, self.base_url, self.workers, self.retries, self.backoff = model, base_url, workers, retries, backoff
         self.extra, self.limit = dict(extra or {}), _RateLimit(requests_per_minute)
@@ -267,6 +279,7 @@ class EndpointChat(ChatModel):
         try: return self._server.ask(messages, max_tokens, temperature=temperature, seed=seed, top_p=top_p), None
         except (TypeError, AttributeError, KeyError): raise # a mistake in the program, not in the network
         except Exception as e: fault = _judge(e)
+        fault = replace(fault, why=_hidden(fault.why, self._secrets))
         return (Reply("", finish=f"refused: {fault.why}"), None) if fault.kind == "refused" else (None, fault)
     def __repr__(self):
         return f"EndpointChat({self.name!r} at {urlsplit(self.base_url).hostname}, {self.workers} workers)"
@@ -285,7 +298,7 @@ class _Post:
     gone:bool=False # no use in asking again
     why:str="" # the last failure
     @property
-    def where(self)->str: return urlsplit(self.chat.base_url).netloc
+    def where(self)->str: return urlsplit(self.chat.base_url).netloc.rpartition("@")[2]
     @property
     def down(self)->bool: return self.gone or self.in_a_row > self.chat.retries
     def free(self, now)->bool:
