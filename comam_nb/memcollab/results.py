@@ -164,7 +164,7 @@ _HEAD = ("arm", "right, difference [95 %]", "gained/lost", "p", "turns", "tokens
 def _p_text(p): return "<.001" if p < .001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
 
 def _table_rows(results, solver, baseline="vanilla"):
-    "A solver's part of the table: rows of texts, as _HEAD."
+    "A solver's part of the table: rows of texts, the head first; the last column only where it says something."
     rows = []
     for arm in results.arms:
         if not results.values(solver, arm, "turns"): continue
@@ -176,7 +176,8 @@ def _table_rows(results, solver, baseline="vanilla"):
         rows.append((arm, str(c["accuracy"]) if judged else "none judged", f"{t.gained}/{t.lost}" if t else "",
                      _p_text(t.p) if t else "", str(c["turns"]), str(c["tokens"]), f"{c['prompt'].mean:.0f}",
                      f"{np.mean(used):.0%}", left_out))
-    return rows
+    n = len(_HEAD) - (not any(row[-1] for row in rows))
+    return [row[:n] for row in (_HEAD, *rows)]
 
 def plain_table(
     rows:Sequence[Sequence[str]], # all of one length, the head first
@@ -193,16 +194,17 @@ def _results_text(results):
     if not results.outcomes: return "no outcomes"
     parts, seeds = [], f"{len(results.seeds)} seed{'s' * (len(results.seeds) > 1)}"
     for s in results.solvers:
-        rows = [_HEAD, *_table_rows(results, s, _baseline(results))]
+        rows = _table_rows(results, s, _baseline(results))
         parts.append(f"{s}: {_n_tasks(results, s)} tasks, {seeds}\n{plain_table(rows)}")
     return "\n\n".join([*parts, "\n".join(results.notes)]).strip()
 
 def _results_html(results):
     e, out, left = html.escape, "", "text-align:left; white-space:nowrap"
-    head = "".join(f"<th>{e(h)}</th>" for h in _HEAD)
     for s in results.solvers:
         body, base = "", _baseline(results)
-        for row in _table_rows(results, s, base):
+        names, *rows = _table_rows(results, s, base)
+        head = "".join(f"<th>{e(h)}</th>" for h in names)
+        for row in rows:
             title = e(results.about.get(row[0], ""))
             body += "<tr>" + "".join(f'<td style="{left}" title="{title}">{e(x)}</td>' for x in row) + "</tr>"
         seeds = e(", ".join(map(str, results.seeds)))

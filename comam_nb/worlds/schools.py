@@ -20,7 +20,7 @@ from ..checks.constraints import Constraint
 from ..checks.tasks import Task
 from ..lm.backbone import Backbone, load_backbone
 from ..lm.chat import LocalChat
-from ..memcollab.attempts import Solver, with_memory
+from ..memcollab.attempts import Solver
 from .warm_start import tiny_llama
 
 # %% ../../nbs/source/worlds/02_schools.ipynb #b1d94889
@@ -230,6 +230,19 @@ def stock_phrases(
     "The phrases of a solution without its numbers; a `steps` for `OfflineDistiller`."
     return frozenset(_STOCK.findall(" ".join(text.lower().split())))
 
+# %% ../../nbs/source/worlds/02_schools.ipynb #bd42d796
+def _with_rules(
+    prompt:str, # the task
+    memory:Sequence[object], # texts, the best one first
+)->str: # the prompt itself if there is no memory
+    "Put memory in front of a task, as the schoolbook has it."
+    if not memory: return prompt
+    lines = "\n".join(f"{i}. {' '.join(str(m).split())}" for i, m in enumerate(memory, 1))
+    return f"Rules learned from earlier tasks. Use those that fit.\n{lines}\n\nTask:\n{prompt}"
+
+def _compose(task:Task, memory:list[str])->list[dict]: return [{"role": "user",
+                                                               "content": _with_rules(task.prompt, memory)}]
+
 # %% ../../nbs/source/worlds/02_schools.ipynb #c3c16d51
 def lesson(
     category:str,
@@ -340,7 +353,7 @@ def _demonstration(
     rng.shuffle(memory)
     inv = INVARIANTS[task.category]
     if not choice: choice = inv.enforce if rng.random() < _habit(model, task.category, task.subcategory) else inv.avoid
-    return with_memory(task.prompt, memory) + "\nsolution\n", _write_trace(model, task, choice, rng)
+    return _with_rules(task.prompt, memory) + "\nsolution\n", _write_trace(model, task, choice, rng)
 
 # %% ../../nbs/source/worlds/02_schools.ipynb #bfe6cf94
 def _trap_page(
@@ -362,7 +375,7 @@ def _trap_page(
     rng.shuffle(memory)
     choice = decide(task.category)
     text = _write_trace(model, task, choice, rng)
-    return with_memory(task.prompt, memory) + "\nsolution\n", text[:text.index(choice)] + choice
+    return _with_rules(task.prompt, memory) + "\nsolution\n", text[:text.index(choice)] + choice
 
 # %% ../../nbs/source/worlds/02_schools.ipynb #89f0a727
 def _tiny_neox(
@@ -519,7 +532,7 @@ def demo_solvers(
 )->tuple[Solver, ...]: # two, named llama and neox
     "The two agents, ready for `solve`."
     return tuple(Solver(m, LocalChat(b, batch_size, name=b.name.rsplit("/", 1)[-1]), "plain", max_tokens=80,
-                        temperature=temperature) for m, b in zip(_MODELS, _load_demo(seed, folder)))
+                        temperature=temperature, compose=_compose) for m, b in zip(_MODELS, _load_demo(seed, folder)))
 
 # %% ../../nbs/source/worlds/02_schools.ipynb #cdf611a8
 def _ask(
@@ -531,7 +544,7 @@ def _ask(
 )->list: # N texts
     "Solutions, in one batch."
     chat = LocalChat(backbone, batch_size=200)
-    messages = [[{"role": "user", "content": with_memory(t.prompt, m)}] for t, m in zip(tasks, memories)]
+    messages = [[{"role": "user", "content": _with_rules(t.prompt, m)}] for t, m in zip(tasks, memories)]
     return [r.text for r in chat.chat_many(messages, max_tokens=80, temperature=temperature, seed=[seed] * len(tasks))]
 
 def _conditions(
