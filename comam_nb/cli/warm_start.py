@@ -105,14 +105,14 @@ def _fill(args)->None:
     if args.lr <= 0: raise CommandError(f"--lr must be above 0, not {args.lr}")
 
 def _truth(seed:int)->dict:
-    "What the micro-world's teacher does, for each agent; its answers are right if its memory is."
+    "What the micro-world's teacher does, for each agent; where it finds nothing, there is nothing to show."
     from comam_nb.mdp import AGENTS
     from comam_nb.microworld import MicroWorld
     from comam_nb.worlds.warm_start import teach
     rng, world = random.Random(seed), MicroWorld()
     def act(agent, state, episodes):
         action = agent.parse(teach(agent.name, world, state, rng, slip=0.0), state)
-        return action if action.notes or action.answer else None
+        return action if action.notes or action.used else None # saying "unknown" is no example: see above
     return dict.fromkeys(AGENTS, act)
 
 def _parts(args, team:"Team")->"tuple[Split, dict | None]": # and who says what to demonstrate, if not the evidence
