@@ -576,6 +576,78 @@ async def two(): return await f(2) + await f(1)
 assert asyncio.run(two()) == 5
 --
 async def f(x): return x*x
+## library errors
+import statistics, json, decimal
+for g, error in ((f, statistics.StatisticsError), (h, json.JSONDecodeError), (k, decimal.DivisionByZero)):
+    try: g()
+    except error: pass
+    else: assert False
+--
+import statistics, json, decimal
+def f(): return statistics.mean([])
+def h(): return json.loads("{")
+def k(): return decimal.Decimal(1) / 0
+## own methods on library types
+c = LRUCache(2)
+c.put(1, 1)
+assert c.take(1) == 1 and c.take(2) == -1 and C.RED.describe() == "red"
+--
+from collections import OrderedDict
+from enum import Enum
+class LRUCache(OrderedDict):
+    def __init__(self, n):
+        super().__init__()
+        self.n = n
+    def put(self, k, v): self[k] = v
+    def take(self, k): return self.get(k, -1)
+class C(Enum):
+    RED = 1
+    def describe(self): return self.name.lower()
+## an enumeration that comes back
+assert f(C.RED) == C.GREEN and isinstance(g(P(1, 2)), tuple) and g(P(1, 2)) == (2, 1)
+--
+from enum import Enum
+from collections import namedtuple
+P = namedtuple("P", "x y")
+class C(Enum):
+    RED = 1
+    GREEN = 2
+def f(c): return C.GREEN if c is C.RED else C.RED
+def g(p): return P(p.y, p.x) if isinstance(p, P) else None
+## a deque, in place
+from collections import deque
+d = deque([1, 2, 3])
+f(d)
+assert d == deque([3, 1, 2])
+--
+def f(d): d.rotate(1)
+## an iterator with methods
+c = Steps(2)
+assert c.more() and next(c) == 1 and list(c) == [2] and not c.more()
+--
+class Steps:
+    def __init__(self, n): self.i, self.n = 0, n
+    def more(self): return self.i < self.n
+    def __iter__(self): return self
+    def __next__(self):
+        if self.i == self.n: raise StopIteration
+        self.i += 1
+        return self.i
+## nodes of the tests, by identity
+class Node:
+    def __init__(self, v): self.v, self.next = v, None
+a, b = Node(1), Node(2)
+a.next = b
+b.next = a
+assert f(a) is True
+--
+def f(n):
+    seen = set()
+    while n:
+        if n in seen: return True
+        seen.add(n)
+        n = n.next
+    return False
 ## changed in place
 xs, d = [3, 1, 2], {'a': [1]}
 f(xs, d)
@@ -646,6 +718,44 @@ def test_an_object_does_not_judge_itself(answer):
     assert kept == []
 
 
+CALLED_F = """class f:
+    def __init__(self, *a): pass
+    def __sub__(self, o): return self
+    __rsub__ = __mul__ = __rmul__ = __sub__
+    def __abs__(self): return 0.0
+    def __float__(self): return 0.0
+    def norm(self): return 0.0
+    def __lt__(self, o): return True
+"""
+
+@pytest.mark.parametrize("test", ["abs(f(3) - 9.0) < 1e-6", "abs(9.0 - f(3)) <= 1e-6", "(f(3) - 9).norm() < 1e-6",
+                                  "__import__('math').isclose(f(3) - 9, 0, abs_tol=1e-9)", "f(3) * 9 < 1"])
+def test_a_class_called_like_the_function_computes_no_verdict(test):
+    assert not run_python(CALLED_F, f"assert {test}").passed
+    check = f"def check(candidate):\n    assert {test.replace('f(', 'candidate(')}"
+    assert not run_python(CALLED_F, dict(test=check, entry_point="f")).passed
+    both = CALLED_F.replace("class f", "class Value") + "def f(x): return Value()\n"
+    assert not run_python(both, f"assert {test}").passed
+    assert not run_python(both, f"assert {test}\nassert Value(1) is not None").passed     # the tests name the class
+
+
+def test_numpy_reads_no_memory_of_the_judge():
+    "What an object says of __array_interface__ is an address in whoever asks."
+    code = ("class R: pass\ndef f(x):\n    if type(x).__name__ == 'ndarray': return x.tolist()\n    r = R()\n"
+            "    r.__array_interface__ = {'shape': (4,), 'typestr': '|u1', 'data': (8, True), 'version': 3}\n"
+            "    return r")
+    for test in ("np.allclose(f(3), [1.0])", "np.asarray(f(3)).shape == (4,)", "f(np.asarray(f(3))) == []"):
+        verdict = run_python(code, f"import numpy as np\nassert {test}")
+        assert not verdict.passed and verdict.fault == "wrong" and "stopped" not in verdict.reason
+
+
+def test_the_tests_own_methods_stay_theirs():
+    setup = "class Node:\n    def __init__(s, v): s.v = v\n    def equals(s, o): return s.v == o.v"
+    tests = "a = Node(1)\nf(a)\nassert a.equals(Node(2))"
+    assert not run_python("def f(x): x.equals = lambda o: 1", dict(tests=tests, setup=setup)).passed
+    assert run_python("def f(x): x.v = 2", dict(tests=tests, setup=setup)).passed
+
+
 def test_what_forged_yeses_are_called():
     "A yes of the object is the code's mistake; what only its class can know is beyond the judge."
     yes = YES.replace("{answer}", "True")
@@ -679,6 +789,10 @@ def test_what_is_handed_over_is_no_window(given):
 
 
 HOSTILE_ANSWERS = {
+    "a member that is a method": "line.perform = lambda op, *a: [['E', 'X', 'Enum', [['__eq__', "
+                                 "['m', 'builtins', 'bool']], ['a', 1]], [1]]] if op == 'call' else real(op, *a)",
+    "a value that acts": "line.perform = lambda op, *a: [['E', 'X', 'Enum', [['a', line.keep(len)]], "
+                         "[line.keep(len)]]] if op == 'call' else real(op, *a)",
     "changes though it returns": "line.perform = lambda op, *a: [['l', []], ['l', [['l', [['l', []]]], ['d', []]]]] "
                                  "if op == 'call' else real(op, *a)",
     "a class of the system": "line.perform = lambda op, *a: [['m', 'os', 'system']] if op == 'call' else real(op, *a)",
@@ -727,6 +841,11 @@ def test_whose_fault_it_is():
     assert run_python("import os\ndef f(x):\n    os.fork()\n    return x*x", TESTS).fault == "judge"
     assert run_python(right, "import sys\nf(3)\nassert f(sys) == 1").fault == "judge"
     assert run_python(right, {"tests": "assert True", "entry_point": "f"}).fault == "judge"
+    shows = "import io\nfrom contextlib import redirect_stdout\nb = io.StringIO()\nwith redirect_stdout(b): f(1)\n"
+    assert run_python("def f(x): print('hi')", shows + "assert b.getvalue() == 'hi\\n'").fault == "judge"
+    one = "class One:\n    it = None\n    def __new__(c):\n        c.it = c.it or object.__new__(c)\n" \
+          "        return c.it"
+    assert run_python(one, "a, b = One(), One()\nassert a is b").fault == "judge"
     assert Verdict(False, "timeout").fault == "time" and Verdict(False, "no").fault == "wrong"
     assert Verdict.from_json(Verdict(False, "no", 1.0, "judge").to_json()) == Verdict(False, "no", 1.0, "judge")
     with pytest.raises(MemCollabError, match="import no_such_package, which is not installed.*pip install no_such"):
@@ -829,6 +948,18 @@ def test_exact_values_and_types():
                       "2), D('0.5')", "assert f() == (.5, .5)").passed
 
 
+class Alone:
+    "A connection to nobody: nothing is kept, and nothing goes by its name."
+    objects = []
+    def stays(self, x): return False
+    def own_kind(self, tag, args): return None
+    def keep(self, x): raise TypeError(x)
+    by_name = keep
+    def handle(self, tag, number, kind): return None
+    def named(self, module, name): raise ValueError(name)
+    def error_class(self, names): return ValueError
+
+
 plain = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
                      | st.complex_numbers(),
     lambda s: st.lists(s) | st.lists(s).map(tuple) | st.dictionaries(st.text() | st.integers()
@@ -838,7 +969,7 @@ plain = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | s
 @given(plain)
 @settings(deadline=None, max_examples=200)
 def test_codec_round_trip(x):
-    back = _decode(json.loads(json.dumps(_encode(x, None))), None)
+    back = _decode(json.loads(json.dumps(_encode(x, Alone()))), Alone())
     shape = lambda v: (type(v), sorted(map(repr, v)) if isinstance(v, (set, frozenset))
                        else [shape(i) for i in (v.items() if isinstance(v, dict) else v)]
                        if isinstance(v, (list, tuple, dict)) else repr(v))
@@ -846,16 +977,16 @@ def test_codec_round_trip(x):
 
 
 anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-                        | st.sampled_from(list("ifcbBrFDhdqltszg")),
+                        | st.sampled_from(list("ifcbBdltszghwymxXpNE")),
                         lambda s: st.lists(s, max_size=4) | st.dictionaries(st.text(max_size=3), s, max_size=2),
                         max_leaves=12)
 
 @given(anything)
 @settings(deadline=None, max_examples=400)
 def test_decoding_garbage_gives_plain_values_or_an_exception(x):
-    try: v = _decode(x, lambda number, kind: None)
+    try: v = _decode(x, Alone())
     except Exception: return
-    assert type(v).__module__ in ("builtins", "fractions", "decimal", "collections")
+    assert type(v).__module__ in ("builtins", "fractions", "decimal", "collections", "datetime", "enum")
 
 
 def test_names_under_test():

@@ -810,6 +810,11 @@ FAULTS = [  # check, reply, finish, fault
     (CODE, "```python\ndef f(x): return x*x\n\ndef g(", "length", ""), # what was finished is right
     (CODE, "```python\ndef f(x):\n    return (x", "length", "cut off"),
     (CODE, "```python\ndef f(x):\n    return (x", "stop", "wrong"),
+    (CODE, "```python\nimport math\ndef f(x):\n    return (x +", "length", "cut off"),
+    (CODE, "```python\nimport math\ndef f(x):\n    c = x*x\n    retu", "length", "cut off"),
+    (CODE, "```python\ndef f(x): return x*x\nn = int(input())\nprint(f(n,", "length", ""),
+    (CODE, "```python\ndef f(x): return x*x\nt = [\n(1,2),\n(3,4),\n(5,6),\n(7,8),\n(9,", "length", ""),
+    ({"kind": "math", "answer": "7"}, "12 - 5 = 7 and then", "length", "cut off"),              # luck is no answer
     (CODE, BLOCK.format("def f(x):\n    while True: pass"), "stop", "time"),
     (CODE, BLOCK.format("import os\ndef f(x):\n    os.fork()\n    return x*x"), "stop", "judge"),
     (CODE | {"tests": ["import no_such_package", "assert f(3) == 9"]}, BLOCK.format("def f(x): return 9"), "stop",
@@ -843,8 +848,8 @@ def test_rates_and_pairs_leave_out_what_was_not_judged(tmp_path):
     pairs = pair(attempts, tasks)
     assert [p.task.id for p in pairs] == ["n1"]
     assert {k: n for k, n in pairs.skipped.items() if "not judged" in k} == {
-        "attempt: it was not judged (cut off)": 1, "attempt: it was not judged (judge)": 2} and \
-        pairs.skipped["attempt: it broke off"] == 1
+        "attempt: it was not judged (cut off)": 1, "attempt: it was not judged (refused)": 1,
+        "attempt: it was not judged (judge)": 2}
     results = Results()
     for name in ("vanilla", "memory"):
         results.take(Arm(name, None), 0, tasks, {"weak": [a for a in attempts if a.solver == "weak"]}, ["weak"])

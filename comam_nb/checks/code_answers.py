@@ -159,31 +159,41 @@ _LONGEST = 100_000 # characters of a reply that are read: nobody's program is lo
 def _whole_part(code:str)->str: # the code itself where no part of it is whole
     "A program that was cut off, without the statement in which that happened."
     lines = code.rstrip().split("\n")
-    for _ in range(3): # a decorator or a comment may stand before it
+    for _ in range(50): # where it begins is not known: a literal may hold lines that look like statements
         begins = [i for i, line in enumerate(lines) if line[:1].strip()]
         lines = lines[:begins[-1]] if begins else []
         if lines and _parsed("\n".join(lines)): return "\n".join(lines)
     return code
+
+def _finished(text:str, code:str, names:Sequence[str])->bool:
+    "Whether a reply that was cut off has come to the end of the function that is asked for."
+    tree = _parsed(code)
+    if not tree or not tree.body: return False
+    closed = len(_FENCE.findall(text)) % 2 == 0 and _FENCE.search(text)
+    whole = tree.body if closed else tree.body[:-1] # the last statement may go on
+    return any(name in names for node in whole for name in _named(node))
 
 def _check_code(
     task:Task,          # its check is of kind "code"
     text:str,           # all that the solver wrote last
     timeout:float=4.0,  # seconds of the program's own time
     memory_mb:int=1024, # of the child process
-    cut:bool=False,     # the text was cut off: a program that does not parse is then no answer
+    cut:bool=False,     # the text was cut off: a function that is not finished is then no answer
 )->Verdict:
     "Checker I of Algorithm 1 for code: do all tests of a task pass on the code in a text?"
     spec, text = task.check, without_thinking(text)
     if len(text) > _LONGEST: text, cut = text[:_LONGEST], True
     tests, entry, setup = spec.get("tests", []), spec.get("entry_point", ""), spec.get("setup", "")
-    code = _without_demo(_extract_code(text, [entry] if entry else called_names(tests)))
-    unfinished = "cut off" if cut else "wrong"
-    if cut and not _parsed(code): code = _whole_part(code)
-    if not code.strip(): return Verdict(False, "no answer: there is no code", fault=unfinished)
+    names = [entry] if entry else called_names(tests)
+    code, given = _extract_code(text, names), {"tests": tests}
+    if not code.strip(): return Verdict(False, "no answer: there is no code", fault="cut off" if cut else "wrong")
     if entry: code, given = _complete_code(code, setup, entry), {"test": spec["test"], "entry_point": entry}
-    else: given = {"tests": tests}
-    verdict = run_python(code, given | {"setup": setup}, timeout=timeout, memory_mb=memory_mb)
-    return verdict if verdict.passed or _parsed(code) else replace(verdict, fault=unfinished)
+    finished = not cut or _finished(text, code, names)
+    if cut and not _parsed(code):
+        code = _whole_part(code)
+        finished = _defines(code, names) and _parsed(code) is not None
+    verdict = run_python(_without_demo(code), given | {"setup": setup}, timeout=timeout, memory_mb=memory_mb)
+    return verdict if verdict.passed or finished else replace(verdict, fault="cut off")
 
 # %% ../../nbs/source/checks/06_code_answers.ipynb #7c7d0d3c
 def check(

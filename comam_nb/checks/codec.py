@@ -17,7 +17,9 @@ def _encode(
     "A value as tagged JSON. Subclasses of plain types are reduced to the plain type by the base type's own methods."
     many = lambda xs: [_encode(v, line) for v in xs]
     if x is None or x is True or x is False: return x
-    if type(x) not in (str, int, float, list, tuple, dict, set) and (rare := _encode_rare(x, line)): return rare
+    if type(x) not in (str, int, float, list, tuple, dict, set):
+        if line.stays(x): return line.keep(x)
+        if rare := _encode_rare(x, line): return rare
     if isinstance(x, str): return str.__str__(x)
     if isinstance(x, int):
         x = int.__add__(x, 0)
@@ -133,7 +135,7 @@ def _decode(
     if tag == "x": return _decode_error(line.error_class([str(n) for n in args[0]]), *map(every, (args[1], [
         ["t", kv] for kv in args[2]])), str(args[3]))
     if tag == "p": return _decode_made(args[0], every(args[1]))
-    if tag in "NE": return _decode_kind(tag, args, every)
+    if tag in "NE": return _decode_kind(tag, args, every, line.own_kind(tag, args))
     [items] = args
     if tag == "d": return {_decode(k, line): _decode(x, line) for k, x in items}
     if tag in ("l", "t", "s", "z"): return {"l": list, "t": tuple, "s": set, "z": frozenset}[tag](every(items))
@@ -162,17 +164,31 @@ def _decode_kind(
     tag:str,   # "N" or "E"
     args:list, # as `_encode_rare` writes them
     every,     # decodes a list
+    own,       # the class of this name on this side, or None
 ):
     "A named tuple; a member of an enumeration, or the enumeration."
     import collections
     name, names, rest, *more = args
-    key = json.dumps([tag, name, names, *([rest] if more else [])])
-    if key not in _KINDS and tag == "N": _KINDS[key] = collections.namedtuple(name, names)
-    if key not in _KINDS:
-        if names not in ("Enum", "IntEnum", "StrEnum", "Flag", "IntFlag"): raise ValueError("no enumeration")
-        _KINDS[key] = getattr(enum, names)(name, [(m, *every([v])) for m, v in rest])
-    if tag == "N": return _KINDS[key](*every(rest))
-    return _KINDS[key] if more[0] is None else _KINDS[key](*every(more[0]))
+    if own: kind = own
+    else:
+        key = json.dumps([tag, name, names, *([rest] if more else [])])
+        if key not in _KINDS and tag == "N": _KINDS[key] = collections.namedtuple(name, names)
+        if key not in _KINDS: _KINDS[key] = _enumeration(name, names, [(m, *every([v])) for m, v in rest])
+        kind = _KINDS[key]
+    if tag == "N": return kind(*every(rest))
+    return kind if more[0] is None else kind(*every(more[0]))
+
+def _enumeration(
+    name:str,     # of the class
+    kind:str,     # of enumeration
+    members:list, # (name, value)
+):
+    "An enumeration; raises ValueError for a member that would be a method, or a value that could act as one."
+    if kind not in ("Enum", "IntEnum", "StrEnum", "Flag", "IntFlag"): raise ValueError("no enumeration")
+    for m, value in members:
+        if type(m) is not str or not m.isidentifier() or m[0] == "_" or callable(value):
+            raise ValueError("no member")
+    return getattr(enum, kind)(name, members)
 
 # %% ../../nbs/source/checks/02_codec.ipynb #a7a1ee8d
 def _decode_error(

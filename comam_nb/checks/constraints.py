@@ -6,12 +6,13 @@
 __all__ = ['NEAR', 'one_line', 'Constraint', 'known_pairs', 'validate', 'absorb', 'merge', 'parse_constraints', 'Distillation']
 
 # %% ../../nbs/source/checks/08_constraints.ipynb #79d39520
-import ast, hashlib, html, json, math, operator, re, unicodedata
+import ast, builtins, hashlib, html, json, keyword, math, operator, re, unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ..base.errors import MemCollabError
+from .code_answers import called_names
 from .tasks import Task
 from ..lm.chat import without_thinking
 
@@ -119,7 +120,7 @@ def _check_hidden(c:Constraint, task:Task|None=None)->str:
     return ""
 
 # %% ../../nbs/source/checks/08_constraints.ipynb #289560ec
-_MARKUP = re.compile(r"<(?!n>)/?[a-zA-Z!|][^>]{0,80}>?|\[/?INST\]|&\w+;|!\[|\]\(")
+_MARKUP = re.compile(r"<(?!n>)/?[a-zA-Z][^<>]{0,80}>|<[!|]|\[/?INST\]|&\w+;|!\[|\]\(")
 _ADDRESS = re.compile(
     r"https?:|www\.|\b[\w.+-]+@[\w-]+\.\w|\b[\w-]+\.(?:com|org|net|io|ai|dev|py|sh|exe)\b|(?:^|\s)(?:~"
     r"|\.{1,2})?/\w+/?|\b[A-Za-z]:\\", re.I)
@@ -169,9 +170,11 @@ _SMALL_NUMBERS = {w: n for n, w in enumerate("""zero one two three four five six
     thirteen fourteen fifteen sixteen seventeen eighteen nineteen""".split())}
 _TENS = {w: n for n, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
 _SCALES = {"thousand": 1000, "million": 10**6}
-_NUMBER_WORDS = "|".join([*_SMALL_NUMBERS, *_TENS, "hundred", *_SCALES][::-1])
-_WORDED = re.compile(rf"\b(?:{_NUMBER_WORDS})(?:(?:[\s-]+|\s+and\s+)(?:{_NUMBER_WORDS}))*\b", re.I)
-_ROMAN = re.compile(r"\b(?=[MDCLXVI]{2})M{0,3}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})\b")
+_TO_19 = "|".join([*_SMALL_NUMBERS][::-1])
+_TO_99 = rf"(?:(?:{'|'.join(_TENS)})(?:[\s-]+(?:{'|'.join([*_SMALL_NUMBERS][1:10])})\b)?|(?:{_TO_19})\b)"
+_TO_999 = rf"(?:(?:{_TO_99}[\s-]+)?hundred(?:[\s-]+(?:and\s+)?{_TO_99})?|{_TO_99})"
+_WORDED = re.compile(rf"\b{_TO_999}(?:[\s-]+(?:{'|'.join(_SCALES)})\b(?:[\s-]+(?:and\s+)?{_TO_999})?)*\b", re.I)
+_ROMAN = re.compile(r"\b(?=[MDCLXVI]{2,}\b)M{0,3}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})\b")
 _OPERATORS = {"plus": "+", "minus": "-", "less": "-", "times": "*", "multiplied by": "*", "divided by": "/",
               "over": "/", "×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"}
 _OPERATOR = re.compile("|".join(rf"\b{o}\b" if o.isascii() else o for o in _OPERATORS), re.I)
@@ -188,6 +191,7 @@ def _say_word(m:re.Match)->str: # "forty-eight" -> "48"
     return str(total + part)
 
 def _say_roman(m:re.Match)->str: # "XVIII" -> "18"
+    if not m[0]: return "" # LCM has the letters, and is none
     values = [dict(I=1, V=5, X=10, L=50, C=100, D=500, M=1000)[c] for c in m[0]]
     return str(sum(-v if v < max(values[i:]) else v for i, v in enumerate(values)))
 
@@ -241,30 +245,40 @@ Euclidean Euler Fermat Fibonacci Fubini Gauss Gaussian Heron Hilbert Horner Jens
 Lagrange Laplace Latin Legendre Leibniz Markov Menelaus Mersenne Moivre Newton Pascal Pell
 Platonic Ptolemy Pythagoras Pythagorean Python Riemann Rolle Roman Russian Schwarz Simpson
 Stewart Stirling Sturm Sylvester Taylor Thales Unicode Vandermonde Venn Vieta Wilson""".split())
-_CALENDAR = frozenset("""monday tuesday wednesday thursday friday saturday sunday january february march april may june
-july august september october november december""".split())
+_NO_NAMES = frozenset([w.lower() for w in [*keyword.kwlist, *dir(builtins)]] + """theorem lemma let area point line
+triangle terms total list dict set tuple string write given find how what monday tuesday wednesday thursday friday
+saturday sunday january february march april may june july august september october november december""".split())
 
 # %% ../../nbs/source/checks/08_constraints.ipynb #07398c04
 def _task_names(
     task:Task, # the task of a constraint
 )->set[str]: # lower-case names that the task uses
-    "Capitalised words inside the task's sentences, possessives cut off, and the functions that its tests call."
-    inside = re.findall(r"(?<=[\w,;:'\"’)] )[A-Z][^\W\d_]+", task.prompt)
+    "Capitalised words inside the task's sentences, possessives cut off."
+    inside = re.findall(r"(?<=[\w,;:'’)] )[A-Z][^\W\d_]+", task.prompt)
     # "Natalia's shop": a name at the beginning
     first = [w for w in re.findall(r"(?:^|[.!?\n]\s*)([A-Z][^\W\d_]+)(?=['’]s\b)", task.prompt)]
     names = {w for w in inside + first if w not in _EPONYMS and not w.isupper() and not re.search(rf"\b{w.lower()}\b",
         task.prompt)}
-    tests = task.check.get("tests", ()) if isinstance(task.check, dict) else ()
-    called = re.findall(r"assert\s+(\w+)\s*\(", "\n".join([tests] if isinstance(tests, str) else map(str, tests)))
-    entry = task.check.get("entry_point") if isinstance(task.check, dict) else None
-    return {n.lower() for n in (*names, *called, *([str(entry)] if entry else ())) if len(n) > 2} - _CALENDAR
+    return {n.lower() for n in names if len(n) > 2} - _NO_NAMES
+
+def _task_functions(
+    task:Task, # the task of a constraint
+)->set[str]: # names
+    "The functions that a code task asks for."
+    check = task.check if isinstance(task.check, dict) else {}
+    entry, tests = check.get("entry_point"), check.get("tests") or ()
+    called = [str(entry)] if entry else called_names([tests] if isinstance(tests, str) else tests)
+    return {*called} - {*dir(builtins)}
 
 # %% ../../nbs/source/checks/08_constraints.ipynb #df92abc6
 def _check_name(c:Constraint, task:Task|None=None)->str:
-    "No names of the task."
+    "No names of the task; a function whose name is an everyday word counts only where it is called."
     if task is None: return ""
     own, bare = {w.lower() for w in _words(f"{c.category} {c.subcategory}")}, lambda w: re.sub(r"['’]s$", "", w)
     taken = ({bare(w.lower()) for w in re.findall(r"\w+(?:['’-]\w+)*", _plain(c))} & _task_names(task)) - own
+    for name in _task_functions(task):
+        end = r"\b" if re.search(r"[_\d]", name) else r"\s*\("
+        if re.search(rf"\b{re.escape(name)}{end}", _plain(c)): taken.add(name)
     return f"name from the task: {sorted(taken)[0]!r}" if taken else ""
 
 # %% ../../nbs/source/checks/08_constraints.ipynb #d85c788e

@@ -488,12 +488,13 @@ def check_math(
     "Checker I of Algorithm 1 for math: does the final answer of a text have the reference's value?"
     start = time.perf_counter()
     answer, how = _final_answer(text)
+    if cut and how in ("", "last number"):
+        return Verdict(False, "no answer: cut off before one was marked", time.perf_counter() - start, "cut off")
     if answer is None:
         reason = "no answer: nothing is boxed or follows '####' or 'the answer is', and there is no number"
     else: reason = _compare_answers(gold, answer, prompt, timeout)
     beyond = reason.split(":")[0] in ("not decided", "timeout", "memory", "died")
-    fault = "judge" if beyond else "cut off" if cut and how in ("", "last number") else ""
-    return Verdict(not reason, reason or "passed", time.perf_counter() - start, fault)
+    return Verdict(not reason, reason or "passed", time.perf_counter() - start, "judge" if beyond else "")
 
 # %% ../../nbs/source/checks/05_math_answers.ipynb #4f5e0797
 def check_exact(
@@ -504,8 +505,9 @@ def check_exact(
     "Is the final answer of a text the reference, letter by letter but for white space?"
     start = time.perf_counter()
     answer, how = _final_answer(text, numbers=False)
+    if cut and how in ("", "last line"):
+        return Verdict(False, "no answer: cut off before one was marked", time.perf_counter() - start, "cut off")
     same = answer is not None and answer.split() == gold.split()
     wrong = "no answer: the text is empty" if answer is None else f"wrong answer: {answer[:80]!r}"
     reason = "passed" if same else wrong
-    fault = "cut off" if cut and how in ("", "last line") else ""
-    return Verdict(same, reason, time.perf_counter() - start, fault)
+    return Verdict(same, reason, time.perf_counter() - start)

@@ -53,7 +53,7 @@ def stand_in(name):
     def method(self, *args): return self._line.do(self, name, args)
     return method
 for name in [*ARITHMETIC, *("r" + n for n in ARITHMETIC), *COMPARISONS, *"""len bool str repr int float index abs neg
-             pos invert round iter reversed getitem setitem delitem enter exit instancecheck""".split()]:
+             pos invert round iter reversed next getitem setitem delitem enter exit instancecheck""".split()]:
     setattr(Handle, f"__{name}__", stand_in(name))
 
 def operate(name, x, *args):
@@ -61,7 +61,7 @@ def operate(name, x, *args):
     import operator
     if name == "contains": return args[0] in x
     if name == "instancecheck": return isinstance(args[0], x)
-    if name in ("iter", "reversed", "len", "bool", "str", "repr", "int", "float", "abs", "round"):
+    if name in ("iter", "reversed", "next", "len", "bool", "str", "repr", "int", "float", "abs", "round"):
         return getattr(builtins, name)(x, *args)
     if name in ("enter", "exit"): return getattr(type(x), f"__{name}__")(x, *args)
     if name[0] == "r" and name[1:] in ARITHMETIC: return getattr(operator, f"__{name[1:]}__")(args[0], x)
@@ -136,8 +136,11 @@ class Line:
         if id(x) not in self.numbers:
             self.numbers[id(x)] = len(self.objects)
             self.objects.append(x)
-        tag = "g" if hasattr(type(x), "__next__") else "w" if hasattr(type(x), "__await__") else "h"
+        plain = hasattr(type(x), "__next__") and type(x).__module__ in ("builtins", "itertools")
+        tag = "g" if plain else "w" if hasattr(type(x), "__await__") else "h"
         return [tag, self.numbers[id(x)], type(x).__name__]
+    def stays(self, x): return False
+    def own_kind(self, tag, args): return None
     def handle(self, tag, number, kind):
         made = Handle(self, number, kind)
         return elements(made) if tag == "g" else result(made) if tag == "w" else made
@@ -145,6 +148,7 @@ class Line:
         "The class here of an exception there, by the names of its classes."
         known = getattr(builtins, names[0], None)
         if isinstance(known, type) and issubclass(known, BaseException): return known
+        if own := library_error(names): return own
         if names[0] not in self.errors:
             if len(names) > 50: raise ValueError("too many classes")
             said = lambda e: getattr(e, "said", "")
@@ -176,6 +180,13 @@ def fails(error):
     raise error
     yield
 
+def library_error(names):
+    "An exception class of the standard library by the names of its classes, where its module is loaded here."
+    for module in list(sys.modules.values()):
+        found = getattr(module, "__dict__", {}).get(names[0])
+        if not isinstance(found, type) or found.__module__.split(".")[0] not in sys.stdlib_module_names: continue
+        if issubclass(found, BaseException) and [c.__name__ for c in found.__mro__] == names: return found
+
 def put_back(old, new):
     "A value as it is now in the other room: the same object, changed in place, where it can be."
     if old is new or type(old) is not type(new): return new
@@ -186,6 +197,9 @@ def put_back(old, new):
         old.clear()
         old.update(now if isinstance(old, dict) else new)
     elif isinstance(old, list): old[:] = now
+    elif hasattr(old, "rotate"):                                     # deque
+        old.clear()
+        old.extend(new)
     elif hasattr(old, "extend"): old[:] = new                        # bytearray, array
     elif hasattr(old, "shape") and old.shape == new.shape: old[...] = new
     elif not isinstance(old, tuple): return new
@@ -198,7 +212,7 @@ class CandidatesLine(Line):
     "The candidate's end: everything that it has may be asked for."
     def __init__(self, read, write, job):
         super().__init__(read, write)
-        self.job, self.space = job, types.ModuleType("solution")
+        self.job, self.space, self.handles = job, types.ModuleType("solution"), {}
         sys.modules["solution"] = self.space
     def perform(self, op, name, *args):
         space = self.space.__dict__
@@ -208,7 +222,18 @@ class CandidatesLine(Line):
         if op != "get": return super().perform(op, name, *args)
         if name not in space: raise NameError(f"name {name!r} is not defined")
         x = space[name]
-        return [self.keep(x) if callable(x) and not isinstance(x, type) else self.out(x), isinstance(x, type)]
+        whole = callable(x) and not isinstance(x, type) or isinstance(x, enum.EnumMeta) and behaves(x)
+        return [self.keep(x) if whole else self.out(x)]
+    def stays(self, x):
+        "A list, a text or an enumeration of the code's own class with methods is more than its value."
+        return type(x).__module__ == "solution" and not isinstance(x, BaseException) and behaves(type(x))
+    def own_kind(self, tag, args):
+        own = self.space.__dict__.get(args[0])
+        return own if isinstance(own, enum.EnumMeta) or hasattr(own, "_fields") else None
+    def handle(self, tag, number, kind):
+        "The same object of the judge is the same object here: the code may ask with `is`."
+        if tag != "h": return super().handle(tag, number, kind)
+        return self.handles.setdefault(number, super().handle(tag, number, kind))
     def by_name(self, x): return _encode_name(x) if isinstance(x, type) and x.__module__ == "builtins" else None
     def named(self, module, name):
         __import__(module)
@@ -216,6 +241,11 @@ class CandidatesLine(Line):
     def error_class(self, names):
         own = self.space.__dict__.get(names[0])
         return own if isinstance(own, type) and issubclass(own, BaseException) else super().error_class(names)
+
+def behaves(cls):
+    "Whether a class has methods of its own with a public name."
+    return any(isinstance(v, (types.FunctionType, classmethod, staticmethod, property)) and name[0] != "_"
+               for name, v in vars(cls).items())
 
 def serve(job, ask, answer):
     "Load the code when it is asked for, and answer the judge's questions."
@@ -254,6 +284,7 @@ class JudgesLine(Line):
     def __init__(self, read, write):
         super().__init__(read, write)
         self.refused, self.fault, self.calls, self.classes, self.yes_and_no = "", "", 0, set(), {}
+        self.space, self.own_objects = {}, 0 # the tests' names; how many Handles there were
     def lose(self, reason, fault="wrong"):
         if not self.refused: self.refused, self.fault = reason, fault
         raise Refused(reason)
@@ -279,10 +310,12 @@ class JudgesLine(Line):
         said = op == "attr" and args[0] in ("__name__", "__qualname__", "__doc__")      # for functools.wraps
         if not (said or op in ("call", "more", "run") or own and (op == "do" or not str(args[0]).startswith("__"))):
             raise AttributeError(f"{op} {args[0]!r:.40}: not for the code")
+        if op == "set" and callable(getattr(type(self.objects[number]), str(args[0]), None)):
+            raise AttributeError(f"{args[0]!r:.40} is a method of the tests")
         return super().perform(op, number, *args)
     def keep(self, x):
-        if not (callable(x) or type(x).__module__ == "tests" or hasattr(type(x), "__next__")
-                or hasattr(type(x), "__await__")):
+        iterates = hasattr(type(x), "__next__") and type(x).__module__ in ("builtins", "itertools")
+        if not (callable(x) or type(x).__module__ == "tests" or iterates or hasattr(type(x), "__await__")):
             self.limit(f"a test hands over a {type(x).__name__}, which cannot cross")
         return super().keep(x)
     def by_name(self, x): return _encode_name(x)
@@ -290,6 +323,12 @@ class JudgesLine(Line):
         x = _find("builtins", name)
         if module != "builtins" or not isinstance(x, type): raise ValueError(f"no class of Python: {name[:40]!r}")
         return x
+    def handle(self, tag, number, kind):
+        self.own_objects += tag == "h"
+        return super().handle(tag, number, kind)
+    def error_class(self, names):
+        own = self.space.get(names[0])
+        return own if isinstance(own, type) and issubclass(own, BaseException) else super().error_class(names)
     # ---- what is done with the code's own objects: no verdict may rest on what they say of themselves
     def foreign(self, handle):
         "Whether an object is of a class that the tests do not name: then it is a result, and not under test."
@@ -298,6 +337,7 @@ class JudgesLine(Line):
         self.calls += 1
         answer = super().call(handle, args, kw)
         whose, _, method = handle._whose.partition(".")
+        if whose == "told": self.limit("an object that was computed with a value is asked for more")
         if whose == "named" or not (args or kw) or answer is None: return answer
         if whose != "foreign": return self.said(method or "what the code returned", answer)
         what = f"{method} of an object of the code's own was given a value"
@@ -306,8 +346,12 @@ class JudgesLine(Line):
         answer._whose = "told"
         return answer
     def attribute(self, handle, name):
+        # numpy reads memory where __array_interface__ says; Python itself looks into the class
+        if name.startswith("__") and name not in ("__name__", "__qualname__", "__doc__", "__dict__", "__wrapped__"):
+            raise AttributeError(name)
         value = super().attribute(handle, name)
-        if type(value) is Handle: value._whose = f"{'foreign' if self.foreign(handle) else 'own'}.{name}"
+        if type(value) is Handle and handle._whose == "told": value._whose = "told"
+        elif type(value) is Handle: value._whose = f"{'foreign' if self.foreign(handle) else 'own'}.{name}"
         return value
     def said(self, method, answer):
         "A yes of a method under test counts only where the tests hear a no from it as well."
@@ -325,13 +369,19 @@ class JudgesLine(Line):
             self.lose(f"wrong answer: an object of type {kind!r} cannot be compared with a value")
         if name == "bool" and handle._whose == "told":
             self.lose(f"wrong answer: an object of type {kind!r} says itself that it is right")
+        if handle._whose == "told" and name in ("abs", "float", "int", "index", "round", "len"):
+            self.limit(f"an object of type {kind!r} that was computed with a value is taken for one")
         if name == "instancecheck" and other is not Handle: return False
         if name == "exit": args = [*args[:2], None]                             # without the traceback
         counts = name.removeprefix("r") in ARITHMETIC and other is not Handle
         if counts and foreign: self.lose(f"wrong answer: an object of type {kind!r} computes with a value itself")
-        answer = super().do(handle, name, args)
-        if counts and type(answer) is not Handle:
-            self.limit(f"an object of the class under test, {kind!r}, computes with a value")
+        try: answer = super().do(handle, name, args)
+        except RuntimeError as e:
+            if name == "next" and getattr(e, "theirs", "") == "StopIteration": raise StopIteration from None
+            raise
+        if type(answer) is not Handle:
+            if counts: self.limit(f"an object of the class under test, {kind!r}, computes with a value")
+        elif counts or handle._whose == "told": answer._whose = "told"
         return answer
 """
 
@@ -349,11 +399,14 @@ def judge(job, tests, ask, answer, verdict):
         elif only_yes:
             reason, line.fault = f"the judge cannot tell: the tests only hear yes from {only_yes[0][:40]}", "judge"
     reason = line.refused or reason or "passed"
+    if line.fault == "wrong" and (beyond := spec["beyond"] or line.own_objects and spec["identity"]):
+        reason, line.fault = f"the judge cannot tell: the tests use {beyond}; {reason}", "judge"
     os.write(verdict, json.dumps([reason == "passed", reason, line.fault]).encode())
 
 def examine(line, spec):
     "Load the code, take the names under test from it, and run the tests."
     space, entry = {"__name__": "tests"}, spec["entry"]
+    line.space = space
     run = lambda text, name: exec(compile(text, name, "exec", dont_inherit=True), space)
     line.ask("load", "")
     run(spec["setup"], "<setup>")
@@ -364,7 +417,7 @@ def examine(line, spec):
         except NameError: continue
         if type(x) is Handle:
             x._whose = "named"
-            if x._kind not in ("function", "builtin_function_or_method"): line.classes.add(name)
+            if name.lstrip("_")[:1].isupper(): line.classes.add(name) # what is written like a function is one
     run(spec["tests"], "<tests>")
     if spec["check"]: space["check"](space[entry]) if entry in space else run(entry, "<tests>")
     if line.calls: return
@@ -383,13 +436,14 @@ def why(e, lines, fault):
     text = " ".join(str(e).split())[:300]
     if hasattr(e, "theirs"):
         if e.theirs == "MemoryError": return "memory", "wrong"
-        refused = e.theirs == "PermissionError"                     # a wall stopped it
-        return f"error: {e.theirs[:40]}: {text}", "judge" if refused else "wrong"
+        beyond = "PermissionError", "StopIteration", "StopAsyncIteration"   # a wall; what is not passed on
+        return f"error: {e.theirs[:40]}: {text}", "judge" if e.theirs in beyond else "wrong"
     if isinstance(e, AssertionError):
         at = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == "<tests>"]
         return "wrong answer: " + (" ".join(lines[at[-1] - 1].split())[:200] if at else text), "wrong"
     if isinstance(e, MemoryError): return "memory", fault or "wrong"
-    return f"error: {type(e).__name__}: {text}", fault or ("judge" if isinstance(e, ImportError) else "wrong")
+    return f"error: {type(e).__name__}: {text}", fault or ("judge" if isinstance(e, (ImportError, RecursionError))
+                                                             else "wrong")
 """
 
 # %% ../../nbs/source/checks/02_rooms.ipynb #15708143

@@ -236,6 +236,20 @@ def _installed(name:str)->bool:
     try: return find_spec(name) is not None
     except (ImportError, ValueError): return False
 
+_BEYOND = re.compile(r"redirect_stdout|sys\.std(?:out|in|err)|\bpatch(?:\.\w+)?\(|\bcapsys\b|random\.seed|\bset_seed\b")
+
+def _beyond(text:str)->str: # "" for nothing
+    "What tests reach for that is in the other process: its output, its input, its random numbers."
+    found = _BEYOND.search(text)
+    return found[0].rstrip("(") if found else ""
+
+def _asks_identity(text:str)->str: # "" where they do not
+    "Whether tests ask if two things are the same object: what comes from the other process is another one."
+    for n in ast.walk(ast.parse(text)):
+        if isinstance(n, ast.Compare) and any(isinstance(o, (ast.Is, ast.IsNot)) for o in n.ops):
+            if not any(isinstance(x, ast.Constant) for x in (n.left, *n.comparators)): return "'is' on objects"
+    return ""
+
 def _read_tests(
     tests:str|list[str]|dict, # a dict has "tests" or "test", and "setup", "entry_point"
 )->tuple[dict,str]: # (what only the judge may know, the setup)
@@ -254,7 +268,8 @@ def _read_tests(
             raise MemCollabError(f"{name}, line {getattr(e, 'lineno', 1)}: not Python ({e}): repair the task") from None
     check = "check" in _globals_used(text)[1] and bool(entry)
     names, modules = _names_under_test(text, setup, entry)
-    return dict(tests=text, setup=setup, entry=entry, check=check, names=names, modules=modules), setup
+    return dict(tests=text, setup=setup, entry=entry, check=check, names=names, modules=modules,
+                beyond=_beyond(f"{setup}\n{text}"), identity=_asks_identity(f"{setup}\n{text}")), setup
 
 # %% ../../nbs/source/checks/03_sandbox.ipynb #7b4b1750
 def run_python(

@@ -47,7 +47,8 @@ def _expectation(test:ast.expr)->str: # "yes", "no", "a type", a constant's text
         return {"yes": "no", "no": "yes"}.get(_expectation(test.operand), "a value")
     if isinstance(test, ast.Call):
         named = test.func.id if isinstance(test.func, ast.Name) else getattr(test.func, "attr", "")
-        return "a type" if named == "isinstance" else "a value" if "close" in named else "yes"
+        inner = any(isinstance(n, ast.Call) for n in ast.walk(test) if n is not test) # np.array_equal(f(1), [1, 2])
+        return "a type" if named == "isinstance" else "a value" if inner else "yes"
     if not isinstance(test, ast.Compare) or len(test.ops) > 1: return "a value"
     try: wanted = ast.literal_eval(test.comparators[0])
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError): return "a value"
@@ -62,7 +63,8 @@ def _weakness(check:dict)->str: # "" where nothing is seen
     nodes = list(ast.walk(parse_python(tests)))
     wants = {_expectation(n.test) for n in nodes if isinstance(n, ast.Assert)}
     called = [getattr(n.func, "attr", getattr(n.func, "id", "")) for n in nodes if isinstance(n, ast.Call)]
-    if any("assert" in name for name in called) or "a value" in wants or len(wants) > 1: return ""
+    otherwise = any("assert" in name for name in called) or any(isinstance(n, ast.Raise) for n in nodes)
+    if otherwise or "a value" in wants or len(wants) > 1: return ""
     return f"every assertion expects {min(wants)}" if wants else "there is no assertion"
 
 # %% ../../nbs/source/checks/04_tasks.ipynb #ae5e3940

@@ -71,7 +71,7 @@ def in_threads(
     items:Iterable[Any], # what it is called with
     workers:int=1, # calls at the same time
 )->list[Any]: # its results, in the order of the items
-    "Call a function side by side. When all are home, what the first that failed has raised is raised."
+    "Call a function side by side. Raises what the first that failed raised; with several workers, when all are home."
     todo, done = SimpleQueue[Any](), SimpleQueue[Any]()
     for job in (jobs := list(enumerate(items))): todo.put(job)
     def work():
@@ -84,11 +84,11 @@ def in_threads(
         for _ in range(min(workers, len(jobs))): threading.Thread(target=work, daemon=True).start()
     else: return [f(item) for _, item in jobs]
     try: found = sorted((done.get() for _ in jobs), key=lambda x: x[0])
-    except KeyboardInterrupt:
+    except BaseException: # Ctrl-C
         while not todo.empty(): todo.get()
         raise
     for *_, error in found:
-        if error: raise error
+        if error is not None: raise error
     return [value for _, value, _ in found]
 
 # %% ../../nbs/source/lm/06_chat.ipynb #2993ff61

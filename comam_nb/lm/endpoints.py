@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from ..base.errors import ChatDown, MemCollabError
 from .chat import ChatModel, Reply
@@ -160,14 +160,17 @@ def _judge(
     return _Fault("again" if status in (408, 409, 425, 429) or status >= 500 else "fatal", why, wait)
 
 # %% ../../nbs/source/lm/07_endpoints.ipynb #b07abb0a
-_KEY_LIKE = re.compile(r"\b(?:sk|pk|hf|gsk|key|xai|AIza)[-_][\w*.-]{6,}|(?<=Bearer )\S+|(?<=://)[^/\s@]+(?=@)", re.I)
+_KEY_LIKE = re.compile(r"\b(?:sk|pk|hf|gsk|xai|nvapi|ghp|key)[-_](?=[\w*.-]*\d)[\w*.-]{6,}|AIza[\w-]{20,}|AKIA\w{12,}"
+                       r"|(?<=Bearer )\S+|(?<=Basic )\S+|(?<=://)[^/\s]+(?=@)"
+                       r"|(?<=api_key=)[^\s&]+|(?<=api-key: )\S+", re.I)
 
 def _hidden(
     text:str, # what a server, or a library, said
     secrets:Iterable[str]=(), # that must not be seen
 )->str:
     "A text without keys and passwords."
-    for secret in secrets: text = text.replace(secret, "…")
+    for secret in secrets:
+        if len(secret) >= 6: text = text.replace(secret, "…") # a shorter one is a dummy, and part of words
     return _KEY_LIKE.sub("…", text)
 
 # %% ../../nbs/source/lm/07_endpoints.ipynb #6aa3772b
@@ -254,7 +257,8 @@ class EndpointChat(ChatModel):
             if value < least: raise MemCollabError(f"{what} is {value!r}: use {least:g} or more")
         import openai
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
-        self._secrets = [s for s in (key, urlsplit(base_url).password) if s and s != "none"]
+        password = urlsplit(base_url).password or ""
+        self._secrets = [s for s in (key, password, unquote(password)) if s]
         client = openai.OpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=0)
         self.name, self.base_url, self.workers, self.retries, self.backoff = model, base_url, workers, retries, backoff
         self.extra, self.limit = dict(extra or {}), _RateLimit(requests_per_minute)

@@ -226,7 +226,7 @@ class Attempt:
     sample:int=0 # 0, 1, … for several attempts
     messages:tuple[dict[str, str], ...]=() # {role, content}, the prompt first
     answer:str="" # the text that was checked
-    verdict:Verdict|None=None # None for a task without a check
+    verdict:Verdict|None=None # None for an answer to a task without a check
     turns:int=0 # messages that the model wrote
     prompt_tokens:int=0 # read, over all turns
     completion_tokens:int=0 # written
@@ -246,8 +246,7 @@ class Attempt:
     # "wrong", "time", "cut off", "refused" or "judge"; "" if right, or without a check
     def fault(self)->str:
         if self.verdict is None or self.right: return ""
-        if self.error.startswith("refused"): return "refused"
-        return "cut off" if self.error.startswith("cut off") else self.verdict.fault
+        return self.verdict.fault
     @property
     # False where a model could not answer, or a judge not judge; rates leave these out
     def judged(self)->bool:
@@ -279,7 +278,10 @@ def _to_attempt(
 )->Attempt:
     "Check a finished draft and freeze it."
     d, s, final = draft, draft.solver, draft.final or ""
-    verdict = Verdict(False, f"no answer: {d.error}") if d.error else None
+    verdict = None
+    if d.error:
+        fault = "refused" if d.error.startswith("refused") else "cut off"
+        verdict = Verdict(False, f"no answer: {d.error}", fault=fault)
     if d.task.check and not d.error:
         try: verdict = check(d.task, final, cut=d.finish == "length")
         except MemCollabError as e: verdict = Verdict(False, str(e), fault="judge")

@@ -94,9 +94,9 @@ class _Pairs(list[Pair]):
 # %% ../../nbs/book/12_contrast.ipynb #92fa8649
 def _unusable(t, known, seen): # why an attempt cannot be contrasted, or ""
     if t.task_hash not in known: return "its task was not given"
-    if t.error: return "it broke off"
     if t.verdict is None: return "it was not checked"
     if not t.judged: return f"it was not judged ({t.fault})"
+    if t.error: return "it broke off"
     return "it came twice" if t.hash in seen else ""
 
 def _groups(attempts, known, within, skipped):

@@ -47,7 +47,8 @@ def _to_outcome(arm, solver, seed, task, t):
     "What the table needs of an attempt."
     reason = t.error or (t.verdict.reason if t.verdict else "not checked")
     return _Outcome(arm, solver, seed, task.id, task.hash, task.category, t.right, t.turns, t.prompt_tokens,
-                   t.completion_tokens, t.seconds, len(t.memory), reason, t.fault)
+                   t.completion_tokens, t.seconds, len(t.memory), reason,
+                   t.fault or ("" if t.judged else "not checked"))
 
 def _judged(outcome): return outcome.fault in ("", "wrong", "time") # as `Attempt.judged`
 
@@ -150,7 +151,7 @@ def compare(
     if not keys:
         have = ", ".join(a for a in results.arms if results.values(solver, a, metric))
         raise MemCollabError(f"{solver!r} has no task under both {arm!r} and {baseline!r}: "
-                             f"it has the arms {have or 'of which nothing was judged'}")
+                             f"it has {f'the arms {have}' if have else 'no arm of which anything was judged'}")
     a, b, tasks, seeds = [mine[k] for k in keys], [base[k] for k in keys], *map(list, zip(*keys))
     same = arm == baseline
     test = mcnemar(a, b, tasks) if metric == "accuracy" and not same else None
@@ -173,7 +174,9 @@ def _table_rows(results, solver, baseline="vanilla"):
         c = {m: compare(results, solver, arm, m, baseline) for m in _METRICS if judged or m != "accuracy"}
         t = c["accuracy"].test if judged else None
         used = [o.memory > 0 for o in results.outcomes if (o.solver, o.arm) == (solver, arm)]
-        rows.append((arm, str(c["accuracy"]) if judged else "none judged", f"{t.gained}/{t.lost}" if t else "",
+        own = [*results.values(solver, arm).values()]
+        alone = f"{np.mean(own):.3f}, no pair" if own else "none judged" # without a task that both were judged on
+        rows.append((arm, str(c["accuracy"]) if judged else alone, f"{t.gained}/{t.lost}" if t else "",
                      _p_text(t.p) if t else "", str(c["turns"]), str(c["tokens"]), f"{c['prompt'].mean:.0f}",
                      f"{np.mean(used):.0%}", left_out))
     n = len(_HEAD) - (not any(row[-1] for row in rows))

@@ -70,18 +70,19 @@ def _choose(
     fits:np.ndarray|None, # bool [n], which entries compete; None: all
 )->list[tuple[float,int,int]]: # (score, entry, which sample, from 0): samples by their best entry, then by score
     "Top-p source samples with up to K entries each (Eq. 7; the paper's p = 3, K = 3)."
-    groups: list[list[int]] = []
-    taken: set[int] = set()
+    chosen: list[tuple[float, int, int]] = []
+    shown, used = set[int](), list[int]()
     for doc in ranking.walk():
-        if doc in taken or fits is not None and not fits[doc]: continue
-        own = [[d for d in bucket.entries_of(s) if d not in taken and (fits is None or fits[d])]
-               for s in bucket.samples_of(doc)]
-        groups.append(max(own, key=len)) # of an entry's samples, the one that has the most to say
-        taken.update(groups[-1])
-        if len(groups) == p: break
-    docs = [d for g in groups for d in g]
-    scores = dict(zip(docs, ranking.score(docs))) # at once: a call costs more than a score
-    return [(scores[d], d, i) for i, g in enumerate(groups) for d in sorted(g, key=lambda d: (-scores[d], d))[:K]]
+        free = [s for s in bucket.samples_of(doc) if s not in used]
+        if doc in shown or not free or fits is not None and not fits[doc]: continue
+        own = {s: [d for d in bucket.entries_of(s) if d not in shown and (fits is None or fits[d])] for s in free}
+        most = max(free, key=lambda s: min(len(own[s]), K)) # of an entry's samples, the one that has the most to say
+        best = sorted(zip([-x for x in ranking.score(own[most])], own[most]))[:K]
+        chosen += [(-score, d, len(used)) for score, d in best]
+        shown.update(d for _, d in best)
+        used.append(most)
+        if len(used) == p: break
+    return chosen
 
 # %% ../../nbs/source/store/05_bank_index.ipynb #0bcb23d4
 def _in_range(
