@@ -12,7 +12,7 @@ from typing import Any
 # %% ../../nbs/source/checks/02_codec.ipynb #d4f7ad56
 def _encode(
     x,     # any value
-    line,  # has `keep` and `by_name`: what stands for an object that does not cross by value
+    line,  # an end of the connection: `stays`, `keep` and `by_name` say what stands for an object that stays here
 ):  # what json.dumps accepts: None, bool, str, int, or [tag, ...]
     "A value as tagged JSON. Subclasses of plain types are reduced to the plain type by the base type's own methods."
     many = lambda xs: [_encode(v, line) for v in xs]
@@ -120,7 +120,7 @@ _PLAIN:dict[str, Any] = {"i": lambda x: int(x, 16), "f": float.fromhex, "b": byt
 
 def _decode(
     v,     # what json.loads returned for one value
-    line,  # has `handle`, `named` and `error_class`: what to make of things that are not plain values
+    line,  # an end of the connection: `objects`, `handle`, `named`, `own_kind`, `error_class` make what is no value
 ):         # the value, made of exactly the types of the standard library
     "The inverse of `_encode`; raises ValueError, TypeError or another Exception for what `_encode` does not write."
     if v is None or type(v) in (bool, str, int): return v

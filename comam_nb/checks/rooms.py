@@ -127,6 +127,7 @@ class Line:
         except Exception as e:
             if not items: raise
             self.objects[number] = fails(e)
+            self.objects.append(x) # or its id might become another object's
         return ["t", [["l", items], False]]
     # ---- what crosses, and as what it arrives
     def out(self, x): return _encode(x, self)

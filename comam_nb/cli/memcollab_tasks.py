@@ -48,6 +48,12 @@ def _tasks_for(
     if not found: raise CommandError(f"--skip {skip} leaves no task of {path or kind}: take a smaller number")
     return found
 
+def _name_weak(tasks): # the tasks
+    "Say which tests prove little."
+    if weak := [t for t in tasks if t.weakness]:
+        print(f"{len(weak)} of {len(tasks)} tasks have weak tests, such as {weak[0].id}: {weak[0].weakness}")
+    return tasks
+
 # %% ../../nbs/source/cli/08_memcollab_tasks.ipynb #010a3451
 def _sort_task(task, chat=None, domain=None): # (Task with labels, Counter of "calls" and "garbage")
     "Give a task the labels that it lacks: all of its domain's, or those of the branch that its category leaves."
@@ -126,10 +132,7 @@ class Job:
     def tasks(self, split:str)->list["Task"]:
         "The tasks, of a split unless --split says another. Raises `CommandError` or `MemCollabError`."
         a = self.args
-        tasks = _tasks_for(a.tasks, a.path, a.split or split, a.skip, a.limit)
-        if weak := [t for t in tasks if t.weakness]:
-            print(f"{len(weak)} of {len(tasks)} tasks have weak tests, such as {weak[0].id}: {weak[0].weakness}")
-        return tasks
+        return _name_weak(_tasks_for(a.tasks, a.path, a.split or split, a.skip, a.limit))
     def sort(self, tasks:Sequence["Task"], chat:"Chat|None")->list["Task"]:
         "The tasks with labels; `chat` is the model that would sort."
         return _sort_tasks(tasks, self.sorter(chat), self.args.domain)

@@ -7,6 +7,7 @@ __all__ = ['Results', 'compare', 'plain_table']
 
 # %% ../../nbs/source/memcollab/13_results.ipynb #cf199d0d
 import html, json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,10 +102,9 @@ class Results:
         "(task hash, seed) -> one number per outcome; for the accuracy, per outcome that was judged."
         return {(o.hash, o.seed): _METRICS[metric](o) for o in self.outcomes if (o.solver, o.arm) == (solver, arm)
                 and (metric != "accuracy" or _judged(o))}
-    def not_judged(self, solver:str, arm:str)->dict[str, int]:
+    def not_judged(self, solver:str, arm:str)->Counter[str]:
         "Why outcomes count for no rate -> how many."
-        faults = [o.fault for o in self.outcomes if (o.solver, o.arm) == (solver, arm) and not _judged(o)]
-        return {f: faults.count(f) for f in dict.fromkeys(faults)}
+        return Counter(o.fault for o in self.outcomes if (o.solver, o.arm) == (solver, arm) and not _judged(o))
     def save(self, path:str|Path)->Path:
         "Write outcomes and notes as JSON."
         outcomes = [o.to_json() for o in self.outcomes]

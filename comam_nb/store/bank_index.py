@@ -183,8 +183,7 @@ class BankIndex:
         model:str|None=None,           # only entries in whose pairs this model took part
         exclude:str|Iterable[str]=(),  # task hashes; entries that rest on one of them do not compete
     )->tuple[list[tuple[float,Constraint,int]],tuple[str,...],int]:
-        """Best entries (Eq. 7) with their scores and the numbers of their samples, from 0; the query's words that some
-        entry has, rarest first; and the bucket's size."""
+        "(score, entry, number of its sample from 0) (Eq. 7); the query's words, rarest first; the bucket's size."
         _check(query, p, K, how)
         barred = _barred(exclude)
         if how == "prompting": how, p = "tfidf", max(_SHOWN, p) # what a model chooses from
