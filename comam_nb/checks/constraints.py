@@ -212,7 +212,7 @@ def _value(node:ast.AST)->float: # of a sum; ValueError for anything else
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)): return float(node.value)
     if not isinstance(node, ast.BinOp): raise ValueError("no sum")
     a, b = _value(node.left), _value(node.right)
-    if isinstance(node.op, ast.BitXor | ast.Pow): return math.pow(a, b)
+    if isinstance(node.op, ast.Pow): return math.pow(a, b)
     return {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
             ast.Div: operator.truediv}[type(node.op)](a, b)
 

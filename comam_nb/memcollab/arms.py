@@ -19,9 +19,9 @@ from ..base.files import text_hash
 from ..checks.constraints import Constraint, merge, parse_constraints, validate
 from ..checks.tasks import Task
 from ..lm.recorded import RecordingChat
-from .attempts import Attempt, Solver, solve
+from .attempts import Attempt, Solver, quote, solve
 from .bank import ConstraintBank
-from .contrast import Pair, distill, pair, quote
+from .contrast import Pair, distill, pair
 from .effects import OfflineDistiller, step_phrases
 from ..store.lexical import Postings, tfidf_scores
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ..base.embedders import Embedder
 from ..base.errors import MemCollabError
 from ..checks.constraints import NEAR, Constraint
-from .contrast import quote
+from .attempts import quote
 from ..store.bank_file import BankFile, BankHistory, BankRows, Version
 from ..store.bank_index import BankIndex, why_empty
 from ..store.exchange import (ImportReport, by_category, export_html, export_json,
