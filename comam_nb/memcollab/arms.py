@@ -180,6 +180,9 @@ class Training:
     curate:Callable[..., str]=_model_note # (note, attempts, solver) -> note; see Dynamic Cheatsheet
     every:int=1 # tasks between two notes of the cheatsheet
     seed:int=0 # of every lot that is drawn
+    folder:Path|None=None # of what is solved
+    running:dict=field(default_factory=dict) # for `solve`: workers, progress, patience
+    trial:dict=field(default_factory=dict) # settings of a trial of lessons: budget, models, …
     given:ConstraintBank|None=None # a finished bank, instead of one made here
     notes:list[str]=field(default_factory=list) # what a reader should know
     @cached_property
@@ -198,7 +201,7 @@ class Training:
         "Distil pairs into a bank in memory; refused sentences are counted."
         found = self.distiller(pairs)
         found, bank = list(getattr(found, "constraints", found)), ConstraintBank()
-        good = merge([c for c in found if not validate(c)])
+        good = merge([replace(c, status="active") for c in found if not validate(c)]) # the paper's way: all at once
         if good: bank.add(good, note=what)
         more = f", {len(found)} sentences, of which some were refused or merged" if len(found) > len(good) else ""
         empty = "" if good else ": an empty bank, so this arm answers without memory"
@@ -248,7 +251,8 @@ def make_training(
     writers = list(solvers)
     if not isinstance(distiller, OfflineDistiller):
         writers = [replace(s, chat=RecordingChat(s.chat, folder/"written.jsonl")) for s in solvers]
-    return Training(list(train), writers, first, again, distiller, seed=seed, given=bank, **choices)
+    return Training(list(train), writers, first, again, distiller, seed=seed, folder=folder,
+                    running=running or {}, given=bank, **choices)
 
 # %% ../../nbs/source/memcollab/13_arms.ipynb #3b611134
 def buffer_of_thoughts(

@@ -148,22 +148,25 @@ class ConstraintBank:
         exclude:str|Iterable[str]=(), # task hashes; entries that rest on one are left out
         K:int=3,                    # entries per source sample, 1 to 100
         chat:"Chat|None"=None,      # the model that chooses, for how="prompting"
+        status:str|Iterable[str]="active", # one or several of STATUSES
     )->_Retrieved: # up to p samples with up to K entries each; `.note` says why none
         "Entries for a task (Algorithm 2, Eq. 7); raises `MemCollabError`."
         kind = category, subcategory
         if how == "prompting" and chat is None:
             raise MemCollabError("how='prompting' needs a model: pass chat=")
-        found, asked, size = self.index.search(query, kind, p, K, how, model, exclude)
+        found, asked, size = self.index.search(query, kind, p, K, how, model, exclude,
+                                               status)
         hits = [RetrievedConstraint(c, score, asked, sample=sample)
                 for score, c, sample in found]
         if hits and how == "prompting" and chat is not None:
             hits, usable = _picked(hits, query, p, chat)
             if not usable: self.counts["prompting: no usable reply"] += 1
-        outcome, note = ("found", "") if hits else why_empty(self.file, kind, size)
+        outcome, note = "found", ""
+        if not hits: outcome, note = why_empty(self.file, kind, size, status)
         self.counts[outcome] += 1
         return _Retrieved(hits, note)
     def memory(self,
-        **settings, # of `retrieve`: p, how, model, K, chat
+        **settings, # of `retrieve`: p, how, model, K, chat, status
     )->Callable[...,list[str]]: # (task, solver) -> texts, for `solve(…, memory=)`
         "Retrieval by a task's own labels; never an entry that rests on the task itself."
         def recall(task:"Task", solver:object=None)->list[str]:
@@ -177,6 +180,10 @@ class ConstraintBank:
             check:bool=True)->list[str]: # their ids; now they are on the disk
         "Store entries, all or none, as one new version; a known lesson adds evidence."
         return self.rows.add(constraints, note, check)
+    def set_status(self, ids:str|Iterable[str], status:str, note:str="")->int:
+        "Say how far entries have come, as one new version; returns how many changed."
+        ids = [ids] if isinstance(ids, str) else ids
+        return self.rows.set_status(dict.fromkeys(ids, status), note)
     def remove(self, ids:str|Iterable[str], note:str="")->int: # how many were live
         "Take entries out of the newest version; older versions still show them."
         return self.rows.remove(ids, note)
@@ -188,7 +195,7 @@ class ConstraintBank:
         return self.rows.dedup(threshold, note)
     def import_(self, path:str|Path, origin:str="", trust:bool=False,
                 all_or_nothing:bool=False)->ImportReport:
-        "Take in an exchange file as a new version; `trust` only what you vouch for."
+        "Take in a file, into quarantine; `trust` only what you vouch for."
         return import_entries(self.rows, path, origin, trust, all_or_nothing)
     # reading, by `past`
     def entries(self, category:str|None=None, subcategory:str|None=None,

@@ -211,7 +211,7 @@ def _read_reply(
     source = provenance([pair], prompt, distiller)
     for c in found:
         c = replace(c, category=pair.task.category, subcategory=pair.task.subcategory,
-                    source=source, models=pair_models([pair]))
+                    source=source, models=pair_models([pair]), status="new")
         reason = validate(c, pair.task, existing=good)
         if not reason and len(good) >= K: reason = f"too many: only {K} were asked for"
         if reason: bad.append((str(c), reason))

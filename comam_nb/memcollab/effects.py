@@ -134,7 +134,7 @@ class OfflineDistiller:
                   or (no and no in self.steps(p.wrong.text))]
         when = " ".join(x.replace("_", " ").lower() for x in kind if x) or "the task is of this kind"
         c = Constraint(when, yes, no, *kind, provenance(behind, distiller=self.name), pair_models(behind),
-                       max(len(behind), 1))
+                       max(len(behind), 1), "new")
         if reason := validate(c): out.rejected.append((str(c), reason))
         else: out.constraints.append(c)
     def _notes(self, kind, own, effects, chosen):

@@ -20,6 +20,7 @@ from .arms import (Arm, Training, buffer_of_thoughts, cheatsheet,
 from .attempts import Attempt, Solver, solve
 from .bank import ConstraintBank
 from .results import Results
+from .trial import trial
 
 # %% ../../nbs/book/14_transfer.ipynb #92991ed8
 def check_leakage(
@@ -118,11 +119,22 @@ def _elsewhere(training): # another category, which a task's hash draws by lot
         return lot.choice(others) if others else None
     return where
 
+def _after_trial(training): # of the same bank, what does no harm on the training tasks
+    bank = training.bank.checkout(training.bank.version)
+    bank.set_status([c.id for c in bank.entries()], "new")
+    path = training.folder and training.folder/f"train-{training.seed}.jsonl"
+    done = trial(bank, training.tasks, training.solvers, path, **training.trial,
+                 **training.running)
+    training.notes += [repr(done).splitlines()[0], *done.notes]
+    return Arm("memcollab_trial", recall(training, lambda s: bank, training.where),
+               about="the same bank, of it what models did no worse with in a trial")
+
 ARMS |= {
     "self_contrast": _self_contrast,
     "memcollab": lambda training: _shared(
         training, "memcollab", training.where,
         "constraints from contrast across models, by category"),
+    "memcollab_trial": _after_trial,
     "no_category": lambda training: _shared(
         training, "no_category", lambda task, solver: (None, None),
         "the same bank without the filter by category"),
@@ -171,7 +183,8 @@ def _run_arm(
     return found
 
 # %% ../../nbs/book/14_transfer.ipynb #6819219b
-_FROM_ATTEMPTS = "self", "other", "self_contrast", "buffer_of_thoughts"
+_FROM_ATTEMPTS = ("self", "other", "self_contrast", "memcollab_trial",
+                  "buffer_of_thoughts")
 _FROM_BANK = "memcollab", "no_category", "wrong_category", "placebo"
 
 def _find_arms(arms): # names, Arms, or functions Training -> Arm; all become functions

@@ -7,14 +7,14 @@ __all__ = ['BankFile', 'Version', 'BankRows', 'BankHistory']
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #e346c7bf
 import json, sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 from ..base.errors import MemCollabError
 from ..base.sqlite import Database, FileKind
-from ..checks.constraints import Constraint, NEAR, absorb, known_pairs, merge, validate
+from ..checks.constraints import Constraint, NEAR, STATUSES, absorb, known_pairs, merge, validate
 from .lexical import Bucket, terms
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #f66a0382
@@ -24,7 +24,7 @@ _SCHEMA = (
     """CREATE TABLE entries(seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, category TEXT NOT NULL,
          subcategory TEXT NOT NULL, situation TEXT NOT NULL, enforce TEXT NOT NULL, avoid TEXT NOT NULL,
          models TEXT NOT NULL, support INTEGER NOT NULL, source TEXT NOT NULL, added INTEGER NOT NULL,
-         removed INTEGER)""",
+         removed INTEGER, status TEXT NOT NULL DEFAULT 'active')""",
     "CREATE UNIQUE INDEX entries_live ON entries(id) WHERE removed IS NULL",
     "CREATE INDEX entries_added ON entries(category, subcategory, added)",
     "CREATE INDEX entries_removed ON entries(category, subcategory, removed) WHERE removed IS NOT NULL",
@@ -35,17 +35,19 @@ _BUCKETS = """CREATE TABLE IF NOT EXISTS buckets(category TEXT NOT NULL, subcate
   arrays BLOB NOT NULL, PRIMARY KEY(category, subcategory))"""
 _KIND = FileKind(_SCHEMA, 0x434d424b, 1, # "CMBK"
                  "bank", "a bank of constraints", "bank.db", "ConstraintBank", MemCollabError)
-_ENTRY = "situation, enforce, avoid, category, subcategory, source, models, support"
-_FIELDS = "when", "enforce", "avoid", "category", "subcategory", "source", "models", "support" # in the same order
+_STATUS = "ALTER TABLE entries ADD COLUMN status TEXT NOT NULL DEFAULT 'active'" # for a file from before there was one
+_ENTRY = "situation, enforce, avoid, category, subcategory, status, source, models, support"
+# in the same order
+_FIELDS = "when", "enforce", "avoid", "category", "subcategory", "status", "source", "models", "support"
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #f54d0faf
 _read_json = json.JSONDecoder().raw_decode # (value, where it ends)
 def _damaged(text:object, why:object)->MemCollabError:
     return MemCollabError(f"the bank's entry {str(text)[:40]!r} is damaged ({why}): restore the file from a copy")
-def _as_stored(line:str, source:object, support:object)->bool:
+def _as_stored(line:str, status:object, source:object, support:object)->bool:
     "Whether a row's values are what the constructor would make of them."
     plain = line.isprintable() and not ("  " in line or "| " in line or " |" in line)
-    return plain and type(source) is dict and type(support) is int and support > 0
+    return plain and status in STATUSES and type(source) is dict and type(support) is int and support > 0
 def _row_to_constraint(
     row:Sequence, # values in the order of `_ENTRY`
 )->Constraint:
@@ -56,20 +58,20 @@ def _row_to_constraint(
         (source, models), end = _read_json(text)
         if end < len(text): raise ValueError(f"more than two values: {text[end - 1:][:20]!r}")
         line, models = "|".join(("", *texts, *models, "")), tuple(models)
-        if _as_stored(line, source, support):
+        if _as_stored(line, texts[5], source, support):
             c = object.__new__(Constraint)
             c.__dict__.update(zip(_FIELDS, (*texts, source, models, support)))
             return c
-        when, enforce, avoid, category, subcategory = texts
-        return Constraint(when, enforce, avoid, category, subcategory, source, models, support)
+        when, enforce, avoid, category, subcategory, status = texts
+        return Constraint(when, enforce, avoid, category, subcategory, source, models, support, status)
     except (ValueError, TypeError) as e: raise _damaged(row[0], e) from None
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #e71ccdbf
 def _row_to_names(
     row:Sequence, # (seq, id, *`_ENTRY`)
-)->tuple: # (seq, words, source samples, tasks, models)
+)->tuple: # (seq, words, source samples, tasks, models, [status])
     "What a bucket needs to know of a stored entry; raises `MemCollabError` for a damaged one."
-    seq, id, when, enforce, avoid, *_, source, models, _ = row
+    seq, id, when, enforce, avoid, *_, status, source, models, _ = row
     try:
         source, models = json.loads(source), json.loads(models)
         if not isinstance(source, dict) or not all(isinstance(m, str) for m in models):
@@ -77,7 +79,7 @@ def _row_to_names(
         words = terms(" ".join((when, enforce, avoid)))
     except (ValueError, TypeError) as e: raise _damaged(when, e) from None
     tasks = list(dict.fromkeys(p["task"] for p in known_pairs(source)))
-    return seq, words, tasks or [id], tasks, models
+    return seq, words, tasks or [id], tasks, models, [status]
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #fd991e3d
 def _last_version(db:sqlite3.Connection)->int: # 0 for an empty bank
@@ -163,6 +165,11 @@ def _repack(
         if late > slack: _pack(db, kind, version)
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #13f80c92
+def _missing(db:sqlite3.Connection)->list[str]: # SQL
+    "What a file from before this code lacks."
+    buckets = db.execute("SELECT 1 FROM sqlite_master WHERE name='buckets'").fetchone()
+    status = db.execute("SELECT 1 FROM pragma_table_info('entries') WHERE name='status'").fetchone()
+    return [*([] if buckets else [_BUCKETS]), *([] if status else [_STATUS])]
 class BankFile(Database):
     "An open bank file: transactions, buckets, and entries by row number."
     def __init__(self,
@@ -174,9 +181,10 @@ class BankFile(Database):
         super().__init__(path, _KIND)
         try:
             with self.session() as db:
-                old = not db.execute("SELECT 1 FROM sqlite_master WHERE name='buckets'").fetchone()
-            if old: # a new file, or one from before there was this table
-                with self.transaction(write=True) as db: db.execute(_BUCKETS)
+                missing = _missing(db)
+            if missing: # a new file, or one from before there were these
+                with self.transaction(write=True) as db:
+                    for statement in _missing(db): db.execute(statement) # what nobody else has added meanwhile
         except BaseException: self.close(); raise
     @property
     def version(self)->int:
@@ -223,16 +231,32 @@ def _insert(
     id:str="",             # its id, if it is known already
 )->None:
     "Insert one live row."
-    texts, notes = (c.when, c.enforce, c.avoid, c.category, c.subcategory), (json.dumps(c.source), json.dumps(c.models))
-    values = id or c.id, *texts, *notes, c.support, version
-    db.execute(f"INSERT INTO entries(id, {_ENTRY}, added) VALUES(?,?,?,?,?,?,?,?,?,?)", values)
+    texts = c.when, c.enforce, c.avoid, c.category, c.subcategory, c.status
+    values = id or c.id, *texts, json.dumps(c.source), json.dumps(c.models), c.support, version
+    db.execute(f"INSERT INTO entries(id, {_ENTRY}, added) VALUES(?,?,?,?,?,?,?,?,?,?,?)", values)
 def _live(db:sqlite3.Connection, id:str)->Constraint|None:
     "A live entry by its id."
     row = db.execute(f"SELECT {_ENTRY} FROM entries WHERE id=? AND removed IS NULL", (id,)).fetchone()
     return row and _row_to_constraint(row)
+def _known(file:BankFile, db:sqlite3.Connection, id:str)->Constraint:
+    "The same; raises `MemCollabError` if there is none."
+    if found := _live(db, id): return found
+    raise MemCollabError(f"{file.path} has no entry {id!r}: see entries()")
 def _close(db:sqlite3.Connection, id:str, version:int)->None:
     "From this version on an entry is gone."
     db.execute("UPDATE entries SET removed=? WHERE id=? AND removed IS NULL", (version, id))
+def _restate(
+    db:sqlite3.Connection,      # inside a write transaction
+    items:Sequence[Constraint], # entries as they shall be; the bank has their ids
+    what:str,                   # what the version is called
+    note:str,                   # why
+)->None:
+    "Put entries in the place of those with their ids, as one new version."
+    version = _new_version(db, what, note)
+    for c in items:
+        _close(db, c.id, version)
+        _insert(db, c, version)
+    _repack(db, {(c.category, c.subcategory) for c in items})
 def _put(
     db:sqlite3.Connection,      # inside a write transaction
     items:Iterable[Constraint], # what to store
@@ -269,7 +293,7 @@ class Version:
     "One change of a bank."
     version:int # counted from 1
     created:str # ISO-8601, UTC
-    what:str    # "add", "remove", "revise", "dedup", "import"
+    what:str    # "add", "remove", "revise", "dedup", "import", "status"
     note:str    # the caller's words
     entries:int # how many entries the bank had then
     def to_json(self)->dict:
@@ -289,7 +313,7 @@ def _known_version(file:BankFile, db:sqlite3.Connection, version:int|None)->int:
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #47d9b69f
 class BankRows:
-    "Writing to a bank file: add, take over, remove, revise, dedup."
+    "Writing to a bank file: add, take over, remove, revise, set a status, dedup."
     def __init__(self,
         file:BankFile,
     ): self.file = file
@@ -323,8 +347,7 @@ class BankRows:
         "Replace an entry by a better wording; raises `MemCollabError` for an unknown id or a refused text."
         if reason := validate(new): raise MemCollabError(f"refused {str(new)[:80]!r}: {reason}")
         with self.file.transaction(write=True) as db:
-            old = _live(db, id)
-            if old is None: raise MemCollabError(f"{self.file.path} has no entry {id!r}: see entries()")
+            old = _known(self.file, db, id)
             if not new.source:
                 new = replace(new, source=old.source | {"revised_from": id}, models=old.models, support=old.support)
             version = _new_version(db, "revise", note)
@@ -332,12 +355,25 @@ class BankRows:
             _put(db, [new], "revise", note, version)
             _repack(db, {(old.category, old.subcategory)})
         return new.id
+    def set_status(self,
+        states:Mapping[str,str], # id -> one of STATUSES
+        note:str="",             # why
+        trials:Mapping[str,list[dict]]|None=None, # id -> tries to be kept with the entry, in place of those it has
+    )->int: # how many entries have changed
+        "Say how far entries have come, as one new version; raises `MemCollabError` for an unknown id or status."
+        with self.file.transaction(write=True) as db:
+            old = [_known(self.file, db, i) for i in states]
+            tried = {i: {"trials": rows} for i, rows in (trials or {}).items()}
+            new = [replace(c, status=states[c.id], source=c.source | tried.get(c.id, {})) for c in old]
+            changed = [c for c, was in zip(new, old) if c != was]
+            if changed: _restate(db, changed, "status", note)
+        return len(changed)
     def dedup(self, threshold:float=NEAR, note:str="")->int: # how many entries disappeared
-        "Merge near-duplicates within each subcategory, as one new version."
+        "Merge near-duplicates of one subcategory and status, as one new version."
         with self.file.transaction(write=True) as db:
             rows = db.execute(f"SELECT {_ENTRY} FROM entries WHERE removed IS NULL ORDER BY seq")
             old = [_row_to_constraint(r) for r in rows]
-            kept = {c.id: c for c in merge(old, threshold)}
+            kept = {c.id: c for s in STATUSES for c in merge([c for c in old if c.status == s], threshold)}
             changed = [c for c in old if kept.get(c.id) != c]
             if not changed: return 0
             version = _new_version(db, "dedup", note)

@@ -8,6 +8,7 @@ __all__ = ['BankIndex', 'why_empty']
 # %% ../../nbs/source/store/05_bank_index.ipynb #3b134c34
 import sqlite3
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from ..base.embedders import Embedder, HashingEmbedder, embed
 from ..base.errors import MemCollabError, StoreError
-from ..checks.constraints import Constraint
+from ..checks.constraints import STATUSES, Constraint
 from .bank_file import BankFile, BankHistory
 from .items import FlatIndex
 from .lexical import Bucket
@@ -101,6 +102,14 @@ def _check(query:object, p:object, K:object, how:object)->None:
     if not callable(how) and how not in _WAYS:
         raise MemCollabError(f"how is {how!r}: use one of {', '.join(_WAYS)}, "
                              "or a function (query, constraints) -> scores")
+def _wanted(
+    status:str|Iterable[str], # one, or several
+)->tuple[str,...]: # in the order of STATUSES
+    "Which statuses are meant; raises `MemCollabError` for one that does not exist."
+    asked = [status] if isinstance(status, str) else list(status)
+    if unknown := [s for s in asked if s not in STATUSES]:
+        raise MemCollabError(f"status is {unknown[0]!r}: use some of {', '.join(STATUSES)}")
+    return tuple(s for s in STATUSES if s in asked)
 def _barred(exclude:str|Iterable[str])->set[str]:
     "Hashes of tasks as a set; raises `MemCollabError` for anything else."
     barred = {exclude} if isinstance(exclude, str) else set(exclude)
@@ -182,15 +191,16 @@ class BankIndex:
                                        # or a function (query, constraints) -> scores
         model:str|None=None,           # only entries in whose pairs this model took part
         exclude:str|Iterable[str]=(),  # task hashes; entries that rest on one of them do not compete
+        status:str|Iterable[str]="active", # one or several of STATUSES; entries of others do not compete
     )->tuple[list[tuple[float,Constraint,int]],tuple[str,...],int]:
         "(score, entry, number of its sample from 0) (Eq. 7); the query's words, rarest first; the bucket's size."
         _check(query, p, K, how)
-        barred = _barred(exclude)
+        barred, wanted = _barred(exclude), _wanted(status)
         if how == "prompting": how, p = "tfidf", max(_SHOWN, p) # what a model chooses from
         def attempt(db, bucket): # no entries if the file has gone on since
             words = bucket.index.asked(query).rarest
             if not bucket.n: return [], words, 0
-            chosen = _choose(bucket, self._ranking(db, bucket, query, how), p, K, bucket.fits(model, barred))
+            chosen = _choose(bucket, self._ranking(db, bucket, query, how), p, K, bucket.fits(model, barred, wanted))
             seqs = bucket.seqs[[doc for _, doc, _ in chosen]].tolist()
             entries = self.file.constraints(db, seqs, bucket.version)
             return [(score, c, sample) for (score, _, sample), c in zip(chosen, entries)], words, bucket.n
@@ -208,10 +218,16 @@ def why_empty(
     file:BankFile,
     kind:tuple[str|None,str|None], # (category, subcategory) that was asked for
     competing:int,                 # how many entries it has
+    status:str|Iterable[str]="active", # that were wanted
 )->tuple[str,str]: # what to count, a note for people
     "Why a search found nothing."
     where, rest = "/".join(x for x in kind if x) or "tasks without a category", "going on without memory"
     if competing:
-        return "all left out", f"all {competing} entries for {where} are left out by model= or exclude=: {rest}"
+        have = Counter(c.status for c in BankHistory(file).entries(*kind))
+        if any(have[s] for s in _wanted(status)):
+            return "all left out", f"all {competing} entries for {where} are left out by model= or exclude=: {rest}"
+        shown = ", ".join(f"{have[s]} {s}" for s in STATUSES if have[s])
+        return "none active", (f"the entries for {where} are {shown}: {rest}; try them on tasks (`trial`), "
+                               "or ask for status=")
     if not len(BankHistory(file)): return "empty bank", f"{file.path} is empty: {rest}"
     return "no entries", f"no entries for {where}: {rest}"

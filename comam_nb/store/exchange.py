@@ -55,7 +55,7 @@ def export_markdown(
         lines += ["", f"## {_markdown(title)}", ""]
         for c in entries:
             models = _markdown(", ".join(c.models)) or "no model named"
-            facts = f"support {c.support}; {models}; {len(c.task_hashes)} tasks; id {c.id}"
+            facts = f"{c.status}; support {c.support}; {models}; {len(c.task_hashes)} tasks; id {c.id}"
             lines.append(f"- {_markdown(str(c))} ({facts})")
     return write_whole(path, "\n".join(lines) + "\n")
 _HEAD = ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
@@ -69,9 +69,9 @@ def export_html(
 )->Path: # the file
     "The same page in HTML; it loads and runs nothing."
     e, body, name = html.escape, "", html.escape(Path(bank.file.path).name)
-    columns = "".join(f"<th>{x}</th>" for x in ("constraint", "support", "models", "tasks", "id"))
+    columns = "".join(f"<th>{x}</th>" for x in ("constraint", "status", "support", "models", "tasks", "id"))
     for title, entries in by_category(bank.entries(version=version)):
-        rows = [(e(str(c)), c.support, e(", ".join(c.models)), len(c.task_hashes), c.id) for c in entries]
+        rows = [(e(str(c)), c.status, c.support, e(", ".join(c.models)), len(c.task_hashes), c.id) for c in entries]
         table = "".join(f"<tr>{''.join(f'<td>{x}</td>' for x in row)}</tr>" for row in rows)
         body += f"<h2>{e(title)}</h2><table><tr>{columns}</tr>{table}</table>\n"
     shown = bank.file.version if version is None else version
@@ -125,18 +125,18 @@ def _imported(
     raw:object,  # one entry of an exchange file
     mark:str,    # hash of the file
     origin:str,  # what the caller says about the file
-    trust:bool,  # take over what the entry says about itself
+    trust:bool,  # take over what the entry says about itself, its status, too
 )->Constraint:
     "A stranger's entry: its provenance is the caller's word, its own is a claim; raises `MemCollabError`."
     if isinstance(raw, MemCollabError): raise raw
     if not isinstance(raw, dict): raise MemCollabError(f"an entry is {str(raw)[:40]!r}: it must be an object")
     def part(*names): return {k: raw[k] for k in names if k in raw}
     c = Constraint.from_json(part("when", "enforce", "avoid", "category", "subcategory"))
-    if trust: c = Constraint.from_json(c.to_json() | part("source", "models", "support"))
+    if trust: c = Constraint.from_json(c.to_json() | part("source", "models", "support", "status"))
     else:
         claim = raw.get("source")
         if not isinstance(claim, dict) or len(json.dumps(claim)) > 100_000: claim = {}
-        c = replace(c, source={"origin": origin, "file": mark, "claimed": claim})
+        c = replace(c, source={"origin": origin, "file": mark, "claimed": claim}, status="quarantined")
     if reason := validate(c): raise MemCollabError(reason)
     return c
 
@@ -145,10 +145,10 @@ def import_entries(
     bank:BankRows,
     path:str|Path,             # a .json or .jsonl file, as `export_json` writes it
     origin:str="",             # where the file comes from, in the caller's words; empty: its name
-    trust:bool=False,          # take over provenance, models and support: only for files that you vouch for
+    trust:bool=False,          # take over provenance, models, support and status: for files that you vouch for
     all_or_nothing:bool=False, # raise, and change nothing, if any entry is refused
 )->ImportReport: # counts, and every refusal with its place and reason
-    "Take in entries of an exchange file as one new version; raises `MemCollabError` for a file that is none."
+    "Take in an exchange file as one new version, into quarantine; raises `MemCollabError` for a file that is none."
     (rows, mark), report, items = _read_exchange(path), ImportReport(), []
     origin = origin or Path(path).name
     for where, raw in rows:

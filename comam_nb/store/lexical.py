@@ -10,7 +10,7 @@ import json, math, re, unicodedata, zlib
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -343,20 +343,20 @@ class Bucket:
     "The live entries of one category as arrays; never changed once made, but for `flat` and `version`."
     def __init__(self,
         seqs:np.ndarray,          # int64 [n], row numbers, ascending
-        lists:tuple[_Lists, ...], # of words, source samples, tasks and models
+        lists:tuple[_Lists, ...], # of words, source samples, tasks, models and statuses
         version:int=0,            # of the bank
     ):
         self.seqs, self.lists, self.version, self.n = seqs, lists, version, len(seqs)
         self.flat: Any = None # a `FlatIndex` over the entries' vectors, once somebody needs one
-        words, self.samples, self.tasks, self.models = lists
+        words, self.samples, self.tasks, self.models, self.statuses = lists
         self.index = _PackedIndex(words, self.n)
     @classmethod
     def of(cls,
-        entries:Sequence[tuple], # (row number, words, source samples, tasks, models), by row number
+        entries:Sequence[tuple], # (row number, words, source samples, tasks, models, [status]), by row number
         version:int=0,           # of the bank
     )->"Bucket":
         "A bucket from entries."
-        columns = list(zip(*entries)) or [()] * 5
+        columns = list(zip(*entries)) or [()] * 6
         return cls(np.array(columns[0], np.int64), tuple(_pack_lists(c) for c in columns[1:]), version)
     @classmethod
     def merged(cls,
@@ -396,16 +396,19 @@ class Bucket:
     def entries_of(self, sample:int)->list[int]:
         "The entries that rest on a source sample."
         return self.samples.docs[self.samples.starts[sample]:self.samples.starts[sample + 1]].tolist()
-    def fits(self, model:str|None, barred:set[str])->np.ndarray|None: # bool [n], or None: all fit
-        "Which entries may compete: `model` has taken part, and they rest on none of the barred tasks."
-        if model is None and all(t is None for t in barred and self.tasks.names.where(list(barred))): return None
+    def fits(self, model:str|None, barred:set[str], status:Collection[str])->np.ndarray|None: # bool [n], or None: all fit
+        "Which entries may compete: `model` has taken part, no barred task is behind them, their status is wanted."
+        unwanted = [s for s in self.statuses.names.tolist() if s not in status]
+        known = [t for t, i in zip(barred, self.tasks.names.where(list(barred))) if i is not None]
+        if model is None and not known and not unwanted: return None
         out = np.full(self.n, model is None)
         if model is not None: out[self.models.of(model)] = True
-        for t in barred: out[self.tasks.of(t)] = False
+        for t in known: out[self.tasks.of(t)] = False
+        for s in unwanted: out[self.statuses.of(s)] = False
         return out
 
 # %% ../../nbs/source/store/02_lexical.ipynb #b40f0b49
-_CUT = 3 # how `terms` cuts and what samples are: in the checksum, so that what was stored otherwise is made again
+_CUT = 4 # how `terms` cuts and what samples are: in the checksum, so that what was stored otherwise is made again
 def _freeze(
     bucket:Bucket,
 )->tuple[int,str,bytes]: # checksum, JSON of the arrays' types and lengths, the arrays
@@ -434,7 +437,7 @@ def _thaw(
             arrays.append(np.frombuffer(data, kind, n, at)); begins.append(at)
             at += arrays[-1].nbytes
         lists = []
-        for i in range(1, 21, 5): # four lists of five arrays each, behind the row numbers
+        for i in range(1, 26, 5): # five lists of five arrays each, behind the row numbers
             _, ends, starts, docs, counts = arrays[i:i + 5]
             lists.append(_Lists(_Names(data, ends, begins[i]), starts, docs, counts))
         if not all(_sound(l, text, len(arrays[0])) for l, text in zip(lists, arrays[1::5])): return None
