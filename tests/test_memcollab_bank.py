@@ -709,9 +709,9 @@ def test_a_ranking_may_ask_the_bank_itself():
                                   "a\u2028separator", "\x1cfile", "zo\u00eb", "so\u00adft", "a | b", "a|b",
                                   "\U0001f469\u200d\U0001f52c", ""])
 def test_a_row_gives_what_the_constructor_makes(text):
-    for row in ((text, "e", "a", "c", "u", "{}", "[]", 1), ("w", "e", text, text, "u", "{}", "[]", 2),
-                ("w", "e", "a", "c", text, '{"k": [1]}', json.dumps(["m", text]), 3)):
-        want = Constraint(*row[:5], json.loads(row[5]), json.loads(row[6]), row[7])
+    for row in ((text, "e", "a", "c", "u", "active", "{}", "[]", 1), ("w", "e", text, text, "u", "new", "{}", "[]", 2),
+                ("w", "e", "a", "c", text, "retired", '{"k": [1]}', json.dumps(["m", text]), 3)):
+        want = Constraint(*row[:5], json.loads(row[6]), json.loads(row[7]), row[8], row[5])
         got = bank_file._row_to_constraint(row)
         assert (got, got.source, got.models) == (want, want.source, want.models) and type(got.models) is tuple
 

@@ -40,7 +40,10 @@ def place(server, tmp_path):
         dir, bank, tasks, spec = tmp_path, str(tmp_path / "bank.db"), write(tmp_path / "tasks.jsonl",
             pears(6)), f"{server.url}#m"
         fast = ["--retries", "2", "--timeout", "5", "--quiet"]
-        build = ["build", "--bank", bank, "--tasks", tasks, "--weak", f"plain:{spec}", "--strong", f"cot:{spec}", *fast]
+        build = ["build", "--bank", bank, "--tasks", tasks, "--weak", f"plain:{spec}", "--strong", f"cot:{spec}",
+                 "--tries", "0", *fast]
+        trial = ["build", "--bank", bank, "--tasks", tasks, "--weak", f"plain:{server.url}#w", "--strong", f"cot:{spec}",
+                 *fast] # two models, so lessons can be tried
     return Place()
 
 @pytest.fixture(autouse=True)
@@ -117,6 +120,39 @@ def test_build_solve_eval_show(place, server, capsys):
         assert main(["show", "--bank", place.bank, "--out", str(place.dir / f"page.{kind}")]) == 0 and (place.dir
             / f"page.{kind}").stat().st_size > 100
 
+
+def test_lessons_earn_their_place(place, server, capsys):
+    assert main(place.trial) == 0
+    out = capsys.readouterr().out
+    assert "1 lessons tried: 1 active" in out and " 12 tries, 0 lost, 6 gained: " in out, out
+    n = len(server.log)
+    assert main(place.trial) == 0 and len(server.log) == n # decided: nothing is tried again
+    with ConstraintBank(place.bank) as b:
+        [c] = b.entries()
+        assert c.status == "active" and {t["model"] for t in c.source["trials"]} == {"w", "m"}
+        assert [v.what for v in b.versions()] == ["add", "status", "status"]
+    assert main(["show", "--bank", place.bank]) == 0 and "(active; support 6" in capsys.readouterr().out
+
+def test_a_lesson_that_does_harm_is_retired_and_not_shown(place, server, capsys):
+    harm = "When pears are found, enforce taking them away; avoid adding them."
+    def answer_with_harm(prompt):
+        if "The preferred attempt" in prompt: return harm
+        return answer(prompt) if "taking them away" not in prompt else r"\boxed{0}"
+    server.answer = answer_with_harm
+    assert main(place.trial) == 0 and "1 retired" in capsys.readouterr().out
+    ask = ["--bank", place.bank, "--agent", f"plain:{place.spec}", *place.fast, "--prompt",
+           "Ida started with 40 pears and found 2. How many has she now?"]
+    assert main(["solve", *ask]) == 0
+    assert "the entries for Counting/Gains & Losses are 1 retired: going on without memory" in capsys.readouterr().out
+    assert main(["solve", *ask, "--status", "retired"]) == 0 and harm in capsys.readouterr().out
+    fails(capsys, ["solve", *ask, "--status", "good"], "--status 'good'", "use some of new, on trial, active")
+
+def test_one_model_cannot_try_lessons(place, capsys):
+    assert main([x for x in place.build if x not in ("--tries", "0")]) == 0
+    assert "1 lessons stay untried: a trial takes two models" in capsys.readouterr().out
+    fails(capsys, [*place.build, "--tries", "-1"], "--tries is -1: use 0 or more")
+    assert main(place.build) == 0 # --tries 0 puts them to use
+    with ConstraintBank(place.bank) as b: assert [c.status for c in b.entries()] == ["active"]
 
 def test_training_tasks_never_see_their_own_lesson(place, capsys):
     main(place.build); capsys.readouterr()

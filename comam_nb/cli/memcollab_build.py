@@ -7,6 +7,7 @@ __all__ = ['add_build']
 
 # %% ../../nbs/source/cli/09_memcollab_build.ipynb #ea4d249c
 import argparse, re, time
+from dataclasses import replace
 from pathlib import Path
 
 from .. import __version__
@@ -31,6 +32,8 @@ def add_build(
     p.add_argument("--within", action="store_true", help="contrast samples of the same solver")
     p.add_argument("-K", type=int, default=3, help="lessons per pair, 1 to 10 (default 3)")
     p.add_argument("--distill-tokens", type=int, default=400, help="tokens of a reply about a pair (default 400)")
+    p.add_argument("--tries", type=int, default=8, help="of every new lesson on training tasks of its kind, by each "
+                   "solver, with and without it: it is used if it does no harm (default 8; 0: all at once, as the paper)")
     p.add_argument("--trajectories", help="file of attempts (default: beside the bank)")
     p.add_argument("--report", help="JSON file with all figures")
     Job.add_arguments(p)
@@ -41,6 +44,7 @@ def _roles(args): # role -> [STYLE:]SPEC, weakest first
     from comam_nb.memcollab.contrast import MAX_K
     if not 1 <= args.K <= MAX_K:
         raise CommandError(f"-K is {args.K}: ask for 1 to {MAX_K} lessons per pair (the paper has 3)")
+    if args.tries < 0: raise CommandError(f"--tries is {args.tries}: use 0 or more")
     between = {f"solver{i}": text for i, text in enumerate(args.solver or (), 1)}
     roles = {r: t for r, t in {"weak": args.weak, **between, "strong": args.strong}.items() if t}
     if not roles: raise CommandError("no solver: name two with --weak SPEC and --strong SPEC")
@@ -76,6 +80,21 @@ def _put(bank, constraints, note): # how many entries were added or gained evide
     if changed: bank.add(changed, note=note)
     return len(changed)
 
+# %% ../../nbs/source/cli/09_memcollab_build.ipynb #ea23e4ac
+def _earn(args, bank, tasks, solvers, path):
+    "Try the new lessons, or put them to use at once; say what came of it."
+    from comam_nb.memcollab.trial import trial
+    new = [c.id for c in bank.entries() if c.status in ("new", "on trial")]
+    if args.tries == 0:
+        bank.set_status(new, "active", "--tries 0: all at once, as in the paper")
+        return
+    if not new: return
+    if len({s.chat.name for s in solvers}) < 2:
+        print(f"{len(new)} lessons stay untried: a trial takes two models, and here is one; --tries 0 puts them to use")
+        return
+    shown = None if not args.quiet else False
+    print(trial(bank, tasks, solvers, path, budget=args.tries, fewest=min(4, args.tries), progress=shown), flush=True)
+
 # %% ../../nbs/source/cli/09_memcollab_build.ipynb #94adbe45
 def _report(args, tasks, counts, pairs, found, entries, seconds): # all figures of a build, for JSON
     kinds = [{"id": t.id, "hash": t.hash, "category": t.category, "subcategory": t.subcategory} for t in tasks]
@@ -85,10 +104,12 @@ def _report(args, tasks, counts, pairs, found, entries, seconds): # all figures 
             "seconds": round(seconds, 1), "tasks": kinds, "solvers": counts, "pairs": made,
             "skipped": dict(pairs.skipped), **found.to_json(), "entries": entries}
 
-def _keep(args, found, pairs, start): # entries of the bank afterwards
+def _keep(args, found, pairs, tasks, solvers, path, start): # entries of the bank afterwards
     from comam_nb.memcollab.bank import ConstraintBank
+    lessons = found.constraints if args.tries else [replace(c, status="active") for c in found.constraints]
     with ConstraintBank(args.bank) as bank:
-        changed = _put(bank, found.constraints, f"build --tasks {args.tasks}: {len(pairs)} pairs")
+        changed = _put(bank, lessons, f"build --tasks {args.tasks}: {len(pairs)} pairs")
+        _earn(args, bank, tasks, solvers, path)
         print(f"{changed} entries are new or have new evidence; {args.bank} holds {len(bank)}, "
               f"version {bank.version}; {time.time() - start:.0f} s")
         if not len(bank):
@@ -108,7 +129,8 @@ def _build(args): # exit code
     tasks = job.sort(tasks, teacher)
     kinds = len({(t.category, t.subcategory) for t in tasks})
     print(f"{len(tasks)} tasks, {kinds} different kinds, {len(solvers)} solvers", flush=True)
-    attempts, counts = job.attempt(tasks, solvers, args.trajectories or job.beside("trajectories"))
+    path = args.trajectories or job.beside("trajectories")
+    attempts, counts = job.attempt(tasks, solvers, path)
     order = tuple(s.name for s in solvers.values())
     pairs = pair(attempts, tasks, policy=args.policy, within=args.within, order=order)
     print(repr(pairs), flush=True)
@@ -116,7 +138,7 @@ def _build(args): # exit code
     print(f"{found.calls} replies about them are new; {len(found.constraints)} lessons, "
           f"{len(found.rejected)} sentences refused {dict(found.reasons)}")
     for note in found.notes: print(f"  {note}")
-    entries = _keep(args, found, pairs, start)
+    entries = _keep(args, found, pairs, tasks, [*solvers.values()], path, start)
     if args.report:
         write_json(Path(args.report), _report(args, tasks, counts, pairs, found, entries, time.time() - start))
     if found.failed:

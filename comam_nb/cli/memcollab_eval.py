@@ -65,7 +65,8 @@ def _evaluate(args): # exit code
             else None)
         results = sum(run_arms([], tasks, [solver], arms, folder, seed=seed, bank=bank,
                                leave_one_out=args.leave_one_out,
-                               running=running, p=args.p, K=args.K, identity=args.identity)
+                               running=running, p=args.p, K=args.K, identity=args.identity,
+                               status=recall.status)
                       for seed in range(args.seeds))
         for arm, about in results.about.items(): print(f"{arm}: {about}")
         print(f"\n{results}\n\n{recall.summary(bank)}; trajectories are in {folder}; {time.time() - start:.0f} s")

@@ -249,7 +249,15 @@ def _check_place(path): # of a report, or None
 # %% ../../nbs/source/cli/08_memcollab_tasks.ipynb #ae47e221
 _MATCHES = ("subcategory", "category", "none")
 _WITHOUT = {"empty bank": "the bank is empty", "no entries": "no entries for their kind",
-            "all left out": "no entries but those that are left out"}
+            "all left out": "no entries but those that are left out", "none active": "no entry of a wanted status"}
+
+def _read_statuses(text): # "active,new"
+    "Read `--status`. Raises `CommandError`."
+    from comam_nb.checks.constraints import STATUSES
+    asked = [s.strip() for s in text.split(",") if s.strip()]
+    if not asked or (unknown := [s for s in asked if s not in STATUSES]):
+        raise CommandError(f"--status {unknown[0] if asked else text!r}: use some of {', '.join(STATUSES)}, with commas")
+    return tuple(asked)
 
 def _matched(labels, match): # which of a question's labels an entry must share
     category, subcategory = labels
@@ -265,15 +273,17 @@ class Recall:
         "Declare them."
         _recall_arguments(p, hows)
     def __init__(self, args:argparse.Namespace): # fails here, before a model is loaded
-        "Raises `CommandError` for p or K out of range."
+        "Raises `CommandError` for p or K out of range, or a status that does not exist."
         self.args, self.match = args, getattr(args, "match", "subcategory")
+        self.status = _read_statuses(getattr(args, "status", "active"))
         for flag, n in (("-p", args.p), ("-K", args.K)):
             if not 1 <= n <= 100:
                 raise CommandError(f"{flag} is {n}: give a whole number from 1 to 100 (the paper has 3)")
     def settings(self, chat:"Chat|None"=None)->dict[str, Any]:
         "For `ConstraintBank.retrieve`."
         a = self.args
-        return dict(p=a.p, K=a.K, how=getattr(a, "how", "tfidf"), model=getattr(a, "model", None), chat=chat)
+        return dict(p=a.p, K=a.K, how=getattr(a, "how", "tfidf"), model=getattr(a, "model", None),
+                    chat=chat, status=self.status)
     def memory(self,
         bank:"ConstraintBank", # to ask
         chat:"Chat|None"=None, # for --how prompting
@@ -348,6 +358,8 @@ def _bank_arguments(p, out): # of a command in which an agent uses a bank
 def _recall_arguments(p, hows):
     p.add_argument("-p", type=int, default=3, help="source samples to show, 1 to 100 (default 3)")
     p.add_argument("-K", type=int, default=3, help="entries of each, 1 to 100 (default 3)")
+    p.add_argument("--status", default="active", help="which entries count, with commas: new, on trial, active, "
+                   "retired, quarantined (default active; the paper's way: active,new,on trial)")
     if not hows: return
     p.add_argument("--category", help="of the question (default: found)")
     p.add_argument("--subcategory", help="of the question, with --category")

@@ -174,6 +174,7 @@ class Training:
     raw:str="right" # which attempts are handed over raw: "right" or "all"
     show:Callable[[Task, Attempt], str]=show_attempt # how one is handed over
     where:Callable[[Task, Solver], tuple]=_own_labels # (category, subcategory) for retrieval
+    status:str|Collection[str]="active" # which entries of a bank are shown
     identity:bool=False # only constraints in whose pairs the solver's model took part
     placebo:Callable[[str, random.Random], str]=_placebo_text # what stands for a constraint
     template:Callable[..., str]=_model_template # (category, examples, solver) -> text; see Buffer of Thoughts

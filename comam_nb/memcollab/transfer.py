@@ -87,7 +87,7 @@ ARMS |= {"self": lambda training: handed_over(training, lambda s: s.name, "self"
 
 # %% ../../nbs/book/14_transfer.ipynb #97cfa079
 def recall(
-    training:Training, # with p, K and identity
+    training:Training, # with p, K, status and identity
     bank:Callable[[Solver], ConstraintBank], # whose bank a solver asks
     where:Callable[[Task, Solver],
                    tuple|None], # (category, subcategory); None: ask nothing
@@ -98,7 +98,8 @@ def recall(
         if labels is None: return []
         model = solver.chat.name if training.identity else None
         return owner.retrieve(task.prompt, *labels, p=training.p, K=training.K,
-                              exclude=(task.hash,), model=model).texts
+                              exclude=(task.hash,), model=model,
+                              status=training.status).texts
     return memory
 
 def _shared(training, name, where, about): # the bank from contrast across models
