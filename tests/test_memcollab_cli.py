@@ -42,7 +42,7 @@ def place(server, tmp_path):
         fast = ["--retries", "2", "--timeout", "5", "--quiet"]
         build = ["build", "--bank", bank, "--tasks", tasks, "--weak", f"plain:{spec}", "--strong", f"cot:{spec}",
                  "--tries", "0", *fast]
-        trial = ["build", "--bank", bank, "--tasks", tasks, "--weak", f"plain:{server.url}#w", "--strong", f"cot:{spec}",
+        trial = ["build", "--bank", bank, "--tasks", tasks, "--weak", f"plain:{server.url}#w", "--strong", build[8],
                  *fast] # two models, so lessons can be tried
     return Place()
 

@@ -240,7 +240,7 @@ def test_a_dead_endpoint_is_survived_and_said_once(servers, tmp_path):
         out = solve(numbers(40), plain(pool, "a"), tmp_path / "t.jsonl")
     assert [t.task_id for t in out] == [f"n{i}" for i in range(40)] and all(t.right for t in out)
     assert [p.answers for p in pool.posts] == [40, 0, 0] and all(p.failures for p in pool.posts[1:])
-    said = [str(w.message) for w in said if "down after" in str(w.message)] # a busy machine also sees sockets closed late
+    said = [str(w.message) for w in said if "down after" in str(w.message)] # others: sockets closed late
     assert len(said) <= 2, said
     assert len(load_attempts(tmp_path / "t.jsonl")) == 40 and "down (" in str(pool)
 

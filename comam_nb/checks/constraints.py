@@ -359,7 +359,7 @@ def absorb(
     a:Constraint, # the one that stays
     b:Constraint, # one that says the same
 )->Constraint: # `a` with the evidence of both
-    "Join the evidence of two constraints; pairs that both name count once. One in quarantine gives nothing to one of our own."
+    "Join the evidence of two constraints, pairs that both name once; one in quarantine gives nothing to our own."
     outside = [c.status == "quarantined" for c in (a, b)]
     if outside[0] != outside[1]: return b if outside[0] else a
     key = lambda p: json.dumps(p, sort_keys=True)
@@ -385,7 +385,8 @@ def merge(
         raise MemCollabError(f"threshold is {threshold!r}: give a number above 0 and up to 1 ({NEAR} is the default)")
     buckets:dict[tuple[str, str, bool], list] = {} # in the order of their first
     for c in constraints:
-        kept, found = buckets.setdefault((c.category, c.subcategory, c.status == "quarantined"), []), _features(c)
+        kind, found = (c.category, c.subcategory, c.status == "quarantined"), _features(c)
+        kept = buckets.setdefault(kind, [])
         for i, (other, theirs) in enumerate(kept):
             if found[1] == theirs[1] and len(found[0] & theirs[0]) >= threshold * len(found[0] | theirs[0]):
                 kept[i] = (absorb(other, c), theirs)

@@ -256,7 +256,8 @@ def _read_statuses(text): # "active,new"
     from comam_nb.checks.constraints import STATUSES
     asked = [s.strip() for s in text.split(",") if s.strip()]
     if not asked or (unknown := [s for s in asked if s not in STATUSES]):
-        raise CommandError(f"--status {unknown[0] if asked else text!r}: use some of {', '.join(STATUSES)}, with commas")
+        bad = unknown[0] if asked else text
+        raise CommandError(f"--status {bad!r}: use some of {', '.join(STATUSES)}, with commas")
     return tuple(asked)
 
 def _matched(labels, match): # which of a question's labels an entry must share

@@ -228,6 +228,6 @@ def why_empty(
             return "all left out", f"all {competing} entries for {where} are left out by model= or exclude=: {rest}"
         shown = ", ".join(f"{have[s]} {s}" for s in STATUSES if have[s])
         return "none active", (f"the entries for {where} are {shown}: {rest}; try them on tasks (`trial`), "
-                               "or ask for status=")
+                               "or choose them by status=")
     if not len(BankHistory(file)): return "empty bank", f"{file.path} is empty: {rest}"
     return "no entries", f"no entries for {where}: {rest}"

@@ -396,8 +396,12 @@ class Bucket:
     def entries_of(self, sample:int)->list[int]:
         "The entries that rest on a source sample."
         return self.samples.docs[self.samples.starts[sample]:self.samples.starts[sample + 1]].tolist()
-    def fits(self, model:str|None, barred:set[str], status:Collection[str])->np.ndarray|None: # bool [n], or None: all fit
-        "Which entries may compete: `model` has taken part, no barred task is behind them, their status is wanted."
+    def fits(self,
+        model:str|None,         # that has taken part; None: any
+        barred:set[str],        # tasks on which an entry must not rest
+        status:Collection[str], # that are wanted
+    )->np.ndarray|None: # bool [n], or None: all fit
+        "Which entries may compete."
         unwanted = [s for s in self.statuses.names.tolist() if s not in status]
         known = [t for t, i in zip(barred, self.tasks.names.where(list(barred))) if i is not None]
         if model is None and not known and not unwanted: return None
