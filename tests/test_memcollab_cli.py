@@ -39,7 +39,7 @@ def place(server, tmp_path):
     class Place:
         dir, bank, tasks, spec = tmp_path, str(tmp_path / "bank.db"), write(tmp_path / "tasks.jsonl",
             pears(6)), f"{server.url}#m"
-        fast = ["--retries", "2", "--timeout", "5", "--quiet"]
+        fast = ["--retries", "2", "--timeout", "5", "--quiet", "--classify", "offline"]
         build = ["build", "--bank", bank, "--tasks", tasks, "--weak", f"plain:{spec}", "--strong", f"cot:{spec}",
                  "--tries", "0", *fast]
         trial = ["build", "--bank", bank, "--tasks", tasks, "--weak", f"plain:{server.url}#w", "--strong", build[8],

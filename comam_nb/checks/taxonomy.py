@@ -235,6 +235,12 @@ class _OfflineSorter:
         return c, self.subcategories[c].predict([text])[0]
 
 # %% ../../nbs/source/checks/07_taxonomy.ipynb #61ce8a3e
+_CHOOSE_PROMPT = """Which {what} does this task belong to: {choices}?
+
+Task:
+{task}
+
+Reply with the name only."""
 _CLASSIFY_PROMPT = """Which {what} does this task belong to? Reply with one number only.
 
 {choices}
@@ -261,14 +267,17 @@ def _parse_choice(
 
 # %% ../../nbs/source/checks/07_taxonomy.ipynb #ecc7282e
 def _ask_choice(
-    chat,         # anything with .chat(messages, max_tokens=…) -> Reply
+    chat,         # anything with .choose(prompt, choices) -> str, or .chat(messages, max_tokens=…) -> Reply
     what:str,     # what is chosen, for the prompt
     choices:list, # one or more
     text:str,     # the task
     stats:Counter,# counts "calls" and "garbage"
 )->str|None: # one of the choices, or None for garbage
-    "Let a model choose by number; a single choice is not asked for."
+    "Let a model choose, by constrained choice if it can, by number if not; a single choice is not asked for."
     if len(choices) == 1: return choices[0]
+    if hasattr(chat, "choose"):
+        stats.update(calls=1, garbage=0)
+        return chat.choose(_CHOOSE_PROMPT.format(what=what, choices=", ".join(choices), task=text[:4000]), choices)
     listed = "\n".join(f"{i}. {c}" for i, c in enumerate(choices, 1))
     prompt = _CLASSIFY_PROMPT.format(what=what, choices=listed, task=text[:4000])
     choice = _parse_choice(chat.chat([{"role": "user", "content": prompt}], max_tokens=16).text, choices)
@@ -286,7 +295,7 @@ def classify(
     offline:Callable[[str],tuple[str,str]]|None=None, # sorts without a chat, and where it fails; None: by words
     stats:Counter|None=None, # counts "calls" and "garbage", if given
 )->tuple[str,str]: # (category, subcategory)
-    """Category and subcategory of a task (Algorithm 2): asked of a model with numbered choices, or by TF-IDF.
+    """Category and subcategory of a task (Algorithm 2): by a model that chooses among the names, or by TF-IDF.
     Raises `MemCollabError` for an empty taxonomy or an unknown domain."""
     text = task if isinstance(task, str) else task.prompt
     tree = _tree(getattr(task, "domain", "")) if taxonomy is None else taxonomy

@@ -96,6 +96,7 @@ class _Together:
     def __init__(self, chat, patience=3):
         self.inner, self.patience, self.failed, self.reason = chat, patience, 0, None
         self._lock, self.name, self.workers = threading.Lock(), chat.name, getattr(chat, "workers", 1)
+        if hasattr(chat, "choose"): self.choose = chat.choose
         self.batch_size = getattr(chat, "batch_size", 8) if hasattr(chat, "chat_many") else 2 * self.workers
     def chat(self, messages:list[dict[str, str]], *args:Any, **settings:Any)->"Reply":
         "A reply, or the reason for not asking any more."
@@ -138,9 +139,9 @@ class Job:
         return _sort_tasks(tasks, self.sorter(chat), self.args.domain)
     def sorter(self, chat:"Chat|None")->"Chat|None": # None: offline
         "Who sorts tasks: the model, its replies kept beside the bank, or nobody."
-        if self.args.classify == "offline": return None
-        if chat is None: raise CommandError("--classify llm needs a model: with --distiller offline there is none")
-        return self.recorded(chat)
+        if self.args.classify == "llm" and chat is None:
+            raise CommandError("--classify llm needs a model: with --distiller offline there is none")
+        return None if self.args.classify == "offline" or chat is None else self.recorded(chat)
     def model(self, spec:str)->"Chat":
         "The model that a SPEC names, opened once. Raises `MemCollabError`."
         if spec not in self._models: self._models[spec] = _open_model(self.args, spec)
@@ -333,8 +334,8 @@ def _job_arguments(p, samples, required): # but for the bank and the solvers
     p.add_argument("--skip", type=int, default=0, help="leave out the first so many tasks")
     p.add_argument("--limit", type=int, help="take at most so many")
     p.add_argument("--domain", help="taxonomy: math, gsm8k or code (default: the tasks' own)")
-    p.add_argument("--classify", default="offline", choices=("offline", "llm"),
-                   help="who sorts tasks (default offline)")
+    p.add_argument("--classify", choices=("offline", "llm"), help="who sorts tasks: word counts or the solver's model "
+                   "(default: the model, if there is one)")
     p.add_argument("--style", default="cot", choices=_STYLES,
                    help="how solvers work, unless [STYLE:]SPEC says it (default cot)")
     p.add_argument("--system", nargs=2, action="append", metavar=("ROLE", "TEXT"),

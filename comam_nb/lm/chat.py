@@ -59,7 +59,8 @@ class Reply:
 class Chat(Protocol):
     """Anything with a name and `chat`. Optional: `chat_many(conversations, max_tokens, temperature, seed)` with a list
     of seeds or None, which answers up to `batch_size` conversations at once; `workers`, how many threads may call
-    `chat` at the same time (1 if missing); `extra`, settings beyond these, for the hash of a solver."""
+    `chat` at the same time (1 if missing); `choose(prompt, choices)`, which picks one of a few short answers and cannot
+    say anything else; `extra`, settings beyond these, for the hash of a solver."""
     name:str # the model's name
     def chat(self, messages:list[dict[str, str]], max_tokens:int=512, temperature:float=0.0, seed:int|None=None)->Reply:
         "Answer a list of {role, content} messages. Raises `ChatDown` when no answer can be had at present."
@@ -181,6 +182,13 @@ class LocalChat(ChatModel):
                 replies = self._generate([rows[i] for i in chunk], size, temperature, seeds, top_p or self.top_p)
                 for i, reply in zip(chunk, replies): out[i] = reply
         return out
+    def choose(self,
+        prompt:str, # a question
+        choices:Sequence[str], # short answers
+    )->str: # one of them
+        "The answer that the model finds likeliest; adapters are switched off."
+        from comam_nb.lm.scoring import choice_probs
+        with _GENERATING: return choices[int(choice_probs(self.backbone, [prompt], choices)[0].argmax())]
     def _answers(self, *args): return self.chat_many(*args)
     def _generate(self, rows, max_tokens, temperature, seeds, top_p):
         "One batch of prompt ids to replies."

@@ -8,6 +8,7 @@ __all__ = ['ReplayChat', 'RecordingChat', 'open_chat']
 # %% ../../nbs/source/lm/08_recorded.ipynb #607ca2e4
 import json, threading
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -22,6 +23,10 @@ def _key(model, messages, max_tokens, temperature, seed, top_p=None)->str:
     "What a recorded reply is found by, 16 hex digits."
     said, more = [[m["role"], m["content"]] for m in messages], [] if top_p is None else [float(top_p)]
     return text_hash(model, said, int(max_tokens), float(temperature), seed, *more)
+
+def _question(prompt, choices)->list[dict[str, str]]:
+    "A question with its answers, as messages, for the key of a choice."
+    return [{"role": "user", "content": prompt}, {"role": "choices", "content": json.dumps(list(choices))}]
 
 def _numbered(prompts, temperature)->list[int|None]:
     "Seeds that tell equal prompts apart: None, 1, 2, …"
@@ -67,6 +72,9 @@ class ReplayChat(ChatModel):
                                  f"temperature {temperature:g}, seed {seed}: record it again, or use the settings of "
                                  f"the recording")
         return reply
+    def choose(self, prompt:str, choices:Sequence[str])->str:
+        "The recorded choice; raises `MemCollabError` if this was never asked."
+        return self.chat(_question(prompt, choices), max_tokens=0).text
     def _seeds(self, prompts, temperature): return _numbered(prompts, temperature)
     def __repr__(self): return f"ReplayChat({self.name!r}, {len(self._replies)} replies)"
 
@@ -81,6 +89,7 @@ class RecordingChat(ChatModel):
         self.workers, self.batch_size = getattr(chat, "workers", 1), getattr(chat, "batch_size", 8)
         self.extra = getattr(chat, "extra", None)
         if hasattr(chat, "chat_many"): self.chat_many = self._many # only what answers in batches has it
+        if hasattr(chat, "choose"): self.choose = self._choose
         with Journal(path, wait=True, **_RECORDED) as j:
             self._replies = {k: r for k, m, r in reversed(j.records) if m == self.name}
     def chat(self, messages:list[dict[str, str]], max_tokens:int=512, temperature:float=0.0, seed:int|None=None,
@@ -101,6 +110,10 @@ class RecordingChat(ChatModel):
                                            seed=seed and [seeds[i] for i in new], **more)
             for i, reply in zip(new, replies): self._keep(keys[i], reply)
         return [self._replies[k] for k in keys]
+    def _choose(self, prompt, choices):
+        key = _key(self.name, _question(prompt, choices), 0, 0.0, None)
+        if key in self._replies: return self._replies[key].text
+        return self._keep(key, Reply(self.inner.choose(prompt, choices))).text
     def _keep(self, key, reply):
         with self._lock:
             if key not in self._replies:
