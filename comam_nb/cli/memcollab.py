@@ -44,7 +44,7 @@ def main(
     for name, value in _QUIET.items(): os.environ.setdefault(name, value)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore")
-        warnings.filterwarnings("always", module=r"comam_nb\.")
+        warnings.filterwarnings("always", category=UserWarning, module=r"comam_nb\.")
         warnings.showwarning = lambda message, *rest, **more: print(f"memcollab: {message}", file=sys.stderr)
         try: return args.run(args)
         except KeyboardInterrupt:
