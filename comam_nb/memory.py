@@ -8,12 +8,13 @@ __all__ = ['AssistantReply', 'Assistant']
 # %% ../nbs/book/10_memory.ipynb #81d99a95
 import html, time, uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from .agents import Agent, Decision, Note
 from .agents import act, render_notes, split_history
 from .base.errors import DataError
+from .base.files import text_hash
 from .data import Query, Session
 from .lm.backbone import Backbone, template_length
 from .lm.usage import Usage
@@ -70,6 +71,32 @@ def _split_notes(
         part = (*part, n)
     return parts + ([part] if part else [])
 
+# %% ../nbs/book/10_memory.ipynb #821f30c1
+def _mark(
+    session:Session,
+    turns:int, # how many of its messages, from the first
+)->str: # their number and a hash of what was said
+    "What the beginning of a session is known by."
+    told = [[m.role, m.content] for m in session.messages[:turns]]
+    return f"{turns} {text_hash(session.date, told)}"
+
+def _unread(
+    session:Session, # with its source's turn numbers
+    seen:dict[str, tuple[int, int]], # mark -> (first turn, how many); the session joins
+)->Session: # without messages if there is nothing new
+    "What of a session was not read before, with turn numbers that nobody has."
+    whole = len(session.messages)
+    sizes = sorted({int(mark.split()[0]) for mark in seen}, reverse=True)
+    done = next((n for n in sizes if n <= whole and _mark(session, n) in seen), 0)
+    rest = session.messages[done:]
+    if not rest: return replace(session, messages=())
+    first, span = rest[0].turn, rest[-1].turn - rest[0].turn + 1
+    taken = any(a < first + span and first < a + n for a, n in seen.values())
+    start = max(a + n for a, n in seen.values()) if taken else first
+    seen[_mark(session, whole)] = (start, span)
+    moved = [replace(m, turn=m.turn + start - first) for m in rest]
+    return replace(session, messages=tuple(moved))
+
 # %% ../nbs/book/10_memory.ipynb #75cc9634
 class Assistant:
     "The agents around a memory store, for one user."
@@ -90,18 +117,24 @@ class Assistant:
         batch_size:int=16, # sessions that the agent reads side by side
     )->list[list[MemoryItem]]: # for each session the facts that were stored
         """Extract facts from many sessions and store them, in order; long ones are split.
-        A fact that is stored already, with its turns, is not stored again."""
+        What was read before, or is stored already, is not read or stored again."""
         sessions = tuple(sessions)
         if batch_size < 1: raise DataError(f"batch_size is {batch_size}: give 1 or more")
         if not any(s.messages for s in sessions): raise DataError("the history is empty")
         count, limit = _room(self.agents["extraction"], State(0))
-        pieces = [split_history((s,), count, limit) for s in sessions]
+        seen, fresh = self.store.sessions(self.user), list[Session]()
+        for s in sessions: fresh.append(_unread(s, seen))
+        pieces = [split_history((s,), count, limit) if s.messages else () for s in fresh]
         self.pieces = [len(p) for p in pieces]
         states = [State(0, history=p) for some in pieces for p in some]
-        read = iter(self._act("extraction", states, batch_size))
+        acted = iter(self._act("extraction", states, batch_size))
         known = set(_notes(self.store.items(self.user, "fine")))
-        keep = lambda: self._keep(next(read), "fine", known)
-        out = [[i for _ in range(n) for i in keep()] for n in self.pieces]
+        out = []
+        for s, some in zip(sessions, pieces):
+            stored = [i for _ in some for i in self._keep(next(acted), "fine", known)]
+            mark = _mark(s, len(s.messages))
+            if some: self.store.add((), [(self.user, mark, *seen[mark])]) # all of it is kept
+            out.append(stored)
         self.stale = self.stale or any(out)
         return out
 

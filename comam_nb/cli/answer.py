@@ -46,6 +46,9 @@ def _observe(assistant, history, batch_size):
         stored_each = assistant.observe_all(part, batch_size)
         for session, stored, pieces in zip(part, stored_each, assistant.pieces):
             n += 1
+            if not pieces:
+                print(f"session {n} of {len(history)}: read before", flush=True)
+                continue
             split = f" in {pieces} pieces, because they are longer than the model reads at once" if pieces > 1 else ""
             print(f"session {n} of {len(history)}: {len(session.messages)} turns{split}, {len(stored)} facts stored",
                   flush=True)

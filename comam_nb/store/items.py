@@ -156,6 +156,8 @@ _SCHEMA = (
          text TEXT NOT NULL, granularity TEXT NOT NULL CHECK(granularity IN ('fine', 'coarse')), cites TEXT NOT NULL,
          created TEXT NOT NULL, written_by TEXT NOT NULL, vector BLOB NOT NULL, UNIQUE(user, id))""",
     "CREATE INDEX items_by_user ON items(user, granularity, seq)")
+_SESSIONS = """CREATE TABLE IF NOT EXISTS sessions(user TEXT NOT NULL, mark TEXT NOT NULL, first INTEGER NOT NULL,
+  turns INTEGER NOT NULL, PRIMARY KEY(user, mark))""" # what was read; came later than the others
 _KIND = FileKind(_SCHEMA, 0x434d414d, 1, "store", "a memory file", "memory.db", "MemoryStore") # "CMAM"
 
 # %% ../../nbs/source/store/01_items.ipynb #00db45e5
@@ -171,9 +173,12 @@ class _StoreFile(Database):
         super().__init__(path, _KIND)
         self.embedder = embedder
         try:
-            with self.session() as db: new = not db.execute("SELECT 1 FROM meta").fetchone()
-            if new:
+            with self.session() as db:
+                new = not db.execute("SELECT 1 FROM meta").fetchone()
+                old = not db.execute("SELECT 1 FROM sqlite_master WHERE name='sessions'").fetchone()
+            if new or old:
                 with self.transaction(write=True) as db:
+                    db.execute(_SESSIONS)
                     if not db.execute("SELECT 1 FROM meta").fetchone(): _write_meta(db, embedder)
             if reindex: self.embed_anew(embedder)
             with self.checked(): pass # raises for another embedder
@@ -236,8 +241,12 @@ def _insert_item(
     values = id, item.user, item.text, item.granularity, json.dumps(item.cites), item.created or now, item.by
     db.execute(f"INSERT INTO items({_COLUMNS}, vector) VALUES(?,?,?,?,?,?,?,?)", (*values, _to_blob(vector)))
     return id
-def _add_items(file:_StoreFile, items:MemoryItem|Iterable[MemoryItem])->list[str]: # their ids
-    "Store one item or several, all or none, in one transaction."
+def _add_items(
+    file:_StoreFile,
+    items:MemoryItem|Iterable[MemoryItem],
+    read:Iterable[tuple[str,str,int,int]]=(), # see `MemoryStore.add`
+)->list[str]: # their ids
+    "Store one item or several, and what was read for them, all or none, in one transaction."
     items = [items] if isinstance(items, MemoryItem) else list(items)
     for item in items:
         if not isinstance(item, MemoryItem): raise StoreError(f"add got {item!r}: give MemoryItem objects")
@@ -245,12 +254,16 @@ def _add_items(file:_StoreFile, items:MemoryItem|Iterable[MemoryItem])->list[str
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with file.lock:
         vectors = embed(file.embedder, [item.text for item in items])
-        with file.checked(write=True) as db: return [_insert_item(db, i, v, now) for i, v in zip(items, vectors)]
+        with file.checked(write=True) as db:
+            db.executemany("INSERT OR REPLACE INTO sessions VALUES(?,?,?,?)", read)
+            return [_insert_item(db, i, v, now) for i, v in zip(items, vectors)]
 def _delete_items(file:Database, user:str, ids:list[str]|None)->int: # how many there were
     "Delete items of a user (None: all), and empty the log, where their bytes still are."
     with file.lock:
         with file.transaction(write=True) as db:
-            if ids is None: n = db.execute("DELETE FROM items WHERE user=?", (user,)).rowcount
+            if ids is None:
+                n = db.execute("DELETE FROM items WHERE user=?", (user,)).rowcount
+                db.execute("DELETE FROM sessions WHERE user=?", (user,))
             else: n = sum(db.execute("DELETE FROM items WHERE user=? AND id=?", (user, id)).rowcount for id in ids)
         with file.session() as db:
             try: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
@@ -349,9 +362,18 @@ class MemoryStore:
         self.file.close()
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
-    def add(self, items:MemoryItem|Iterable[MemoryItem])->list[str]: # ids, in order; now the items are on the disk
+    def add(self,
+        items:MemoryItem|Iterable[MemoryItem],
+        read:Iterable[tuple[str,str,int,int]]=(), # sessions they come from: user, a hash, first turn, number of turns
+    )->list[str]: # ids, in order; now the items are on the disk
         "Store items, all or none, in one transaction; raises `StoreError` for an empty user or a known id."
-        return _add_items(self.file, items)
+        return _add_items(self.file, items, read)
+    def sessions(self, user:str)->dict[str,tuple[int,int]]: # hash -> (first turn, number of turns)
+        "Which sessions of a user were read; what was forgotten item by item is not read again."
+        _check_text("user", user, "sessions")
+        with self.file.session() as db:
+            rows = db.execute("SELECT mark, first, turns FROM sessions WHERE user=? ORDER BY first", (user,)).fetchall()
+        return {mark: (first, turns) for mark, first, turns in rows}
     def items(self, user:str, granularity:str|None=None)->list[MemoryItem]: # in the order of insertion
         "All items of one user, 'fine', 'coarse' or both (None); an unknown user has none."
         _check_text("user", user, "items")
