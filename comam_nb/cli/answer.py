@@ -17,11 +17,11 @@ def add_answer(
     sub:argparse._SubParsersAction, # of `comam`
 )->None:
     "Declare `comam answer`."
-    p = sub.add_parser("answer", help="build the memory of a chat log and answer a question from it")
+    p = sub.add_parser("answer", help="build the memory of a chat log and answer a question from it; or ask a memory")
     p.set_defaults(run=_answer)
-    p.add_argument("--backbone", required=True, help="model directory, .gguf file or hub id")
-    p.add_argument("--history", required=True, help="chat log: JSON, JSONL or ChatML text; or a "
-                   "benchmark by name, such as locomo:FILE")
+    p.add_argument("--backbone", required=True, help="model directory, .gguf file, hub id or http://host:port/v1#MODEL")
+    p.add_argument("--history", help="chat log: JSON, JSONL or ChatML text; or a "
+                   "benchmark by name, such as locomo:FILE (default: ask --memory as it is)")
     p.add_argument("--query", required=True, help="the question")
     p.add_argument("--options", nargs="+", help="answers to choose from")
     p.add_argument("--adapters", help="weights directory of a training run")
@@ -53,6 +53,18 @@ def _observe(assistant, history, batch_size):
             print(f"session {n} of {len(history)}: {len(session.messages)} turns{split}, {len(stored)} facts stored",
                   flush=True)
 
+def _check_memory(args)->None:
+    "Raise `CommandError` unless --memory names a file that knows --user."
+    from pathlib import Path
+    from comam_nb.store.items import MemoryStore
+    if not args.memory: raise CommandError("name a chat log with --history, or a memory file with --memory")
+    if not Path(args.memory).is_file():
+        raise CommandError(f"--memory {args.memory}: there is no such file: make it with --history")
+    with MemoryStore(args.memory) as store:
+        if not store.items(args.user):
+            known = ", ".join(store.users()) or "nobody"
+            raise CommandError(f"--memory {args.memory} holds nothing of {args.user!r}: it knows {known}")
+
 def _answer(args)->int:
     "`comam answer`: build the memory of a chat log and answer a question from it."
     from comam_nb.memory import Assistant
@@ -62,14 +74,17 @@ def _answer(args)->int:
     if args.options is not None and len(args.options) < 2:
         raise CommandError("--options needs at least two answers to choose from")
     if args.batch_size < 1: raise CommandError(f"--batch-size must be at least 1, not {args.batch_size}")
-    history = history_for(args.history, args.user)
-    team = language_team(args)
+    if args.history is None: _check_memory(args)
+    history = history_for(args.history, args.user) if args.history else ()
+    team = language_team(args, acting=True)
     print(team["retrieval"].policy)
-    if args.adapters: team.load(args.adapters)
+    if args.adapters and team.trained: team.load(args.adapters)
+    elif args.adapters: raise CommandError("--adapters goes with a model of your own, not with an endpoint")
     with MemoryStore(args.memory or ":memory:") as store:
         assistant = Assistant(team, store, user=args.user)
-        _observe(assistant, history, args.batch_size)
-        assistant.reflect()
+        if history: _observe(assistant, history, args.batch_size)
+        else: assistant.stale = not store.items(args.user, "coarse")
+        if assistant.stale: assistant.reflect()
         _show_items("fine-grained memory", store.items(args.user, "fine"))
         _show_items("coarse-grained memory", store.items(args.user, "coarse"))
         reply = assistant.answer(args.query, tuple(args.options) if args.options else None)

@@ -34,7 +34,8 @@ def add_eval(
                    help="base, rag, memorybank, amem, cam, mem1, memory-r1, mem0, "
                    "mem0-raw, comam, or a weights directory of `comam train`; several are compared in pairs")
     p.add_argument("--data", help=f"one of {', '.join(DATA_KINDS)} (default microworld)")
-    p.add_argument("--backbone", help="model directory, .gguf file or hub id; without one the micro-world brings its "
+    p.add_argument("--backbone", help="model directory, .gguf file, hub id or "
+                   "http://host:port/v1#MODEL; without one the micro-world brings its "
                    "own tiny policies")
     p.add_argument("--adapters", help="weights directory of a training run, for all named systems")
     p.add_argument("--also-trained", action="store_true", help="also ask what the named weights were trained on")
@@ -75,7 +76,7 @@ def _questions(args):
     return questions_from(args.data, args.user, args.questions, args.seed, only=test)
 
 def _fresh_team(args):
-    if args.backbone: return language_team(args, args.policy)
+    if args.backbone: return language_team(args, args.policy, acting=True)
     from comam_nb.microworld import MicroWorld
     from comam_nb.worlds.warm_start import micro_agents
     return micro_agents(MicroWorld(), args.policy, r=args.rank, seed=args.seed)
