@@ -1,5 +1,5 @@
 "Offline and on the CPU: what every test may count on. Tests whose files are not on every machine skip, and say which."
-import os, signal
+import gc, os, signal
 os.environ.setdefault("HF_HUB_OFFLINE", "1") # before anything imports huggingface_hub
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,6 +15,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGIN
 
 # tiny models gain nothing from more, and wait for each other where cores are busy
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_old_is_looked_through():
+    "Trainers and engines collect garbage often, which takes half a second where all that was imported is gone through."
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -141,7 +141,7 @@ def test_an_unknown_seed_is_refused_in_one_line():
 @pytest.mark.parametrize("which", range(2), ids=_MODELS)
 def test_the_agents_know_their_trade(seed, which):
     "Habits as designed, lessons followed whether true or false, own examples followed, few slips."
-    model, agent, tasks = _MODELS[which], _load_demo(seed)[which], make_tasks(200, 11, held_out=True)
+    model, agent, tasks = _MODELS[which], _load_demo(seed)[which], make_tasks(120, 11, held_out=True)
     at = {p.condition: p for p in _probe(model, agent, tasks, ("nothing", "true lesson", "false lesson", "true + 8",
         "false + 8", "own right", "own wrong"))}
     assert at["true lesson"].right > .9 and at["false lesson"].right < .1

@@ -697,20 +697,21 @@ YES = ("class Y:\n    def __getattr__(self, name):\n        if name.startswith('
        "    def __rsub__(self, o): return 0\n    def __or__(self, o): return Y()\n    def __len__(self): return 1\n"
        "    def __eq__(self, o): return True\n    __lt__ = __le__ = __gt__ = __ge__ = __eq__\n    __hash__ = None\n"
        "    def __call__(self, *a): return True\ndef f(x): return Y()")
-FORGED = ["f(3).equals(9)", "f(3).startswith('9')", "f(3).issubset({9})", "f(3).equals(9) is True", "f(3) == 9",
-          "9 == f(3)", "9 in f(3)", "abs(f(3) - 9) < 1e-6", "abs(9 - f(3)) < 1e-6", "f(3) <= 9 <= f(3)",
-          "f(3).compare(9) == 0", "f(3).index(9) == 0", "f(3).part.equals(9)", "f(3).equals(other=9)",
+ASKED = ["f(3).equals(9)", "f(3).startswith('9')", "f(3).issubset({9})", "f(3).equals(9) is True", # its methods answer
+         "f(3).compare(9) == 0", "f(3).index(9) == 0", "f(3).part.equals(9)", "f(3).equals(other=9)",
+         "any(f(3).equals(x) for x in (9,))", "f(3).child().matches(9)", "f(3).view.issuperset([9])"]
+FORGED = ["f(3) == 9", "9 == f(3)", "9 in f(3)", "abs(f(3) - 9) < 1e-6", "abs(9 - f(3)) < 1e-6", "f(3) <= 9 <= f(3)",
           "[f(3)] == [9]", "{'a': f(3)} == {'a': 9}", "f(3) in [9]", "len(f(3) | {9}) == 1", "f(3)(9)",
-          "max(f(3), 9) == 9",
-          "sorted([9, f(3)]) == [9, 9]", "any(f(3).equals(x) for x in (9,))", "__import__('operator').eq(f(3), 9)",
-          "f(3).__eq__(9)", "isinstance(f(3), int)", "f(3).child().matches(9)", "f(3).view.issuperset([9])"]
+          "max(f(3), 9) == 9", "sorted([9, f(3)]) == [9, 9]", "__import__('operator').eq(f(3), 9)",
+          "f(3).__eq__(9)", "isinstance(f(3), int)"] # whatever its methods answer
 
 
-@pytest.mark.parametrize("answer", ["True", "1", "0", "'yes'", "[1]", "Y()"])
-def test_an_object_does_not_judge_itself(answer):
+@pytest.mark.parametrize("answer, tests", [("True", FORGED), *((a, ASKED) for a in ("True", "1", "0", "'yes'", "[1]",
+                                                                                   "Y()"))])
+def test_an_object_does_not_judge_itself(answer, tests):
     "An object of the code's own says what it likes of an expected value, and no verdict rests on it."
     code, kept = YES.replace("{answer}", answer), []
-    for test in FORGED:
+    for test in tests:
         verdict = run_python(code, f"assert {test}")
         if verdict.passed: kept.append(test)
         assert verdict.fault in ("wrong", "judge") or verdict.passed
@@ -822,13 +823,13 @@ def test_an_answer_that_no_honest_program_gives(body, world):
 
 def test_time_is_the_codes_own():
     "Eight programs beside each other get the verdict that each gets alone; the judge's work is not the code's."
-    n = 2_000_000
+    n = 1_000_000
     code = "def f(n):\n    s = 0\n    for i in range(n): s += i*i % 7\n    return s"
     alone = run_python(code, f"assert f({n}) > 0", timeout=60).seconds
     with ThreadPoolExecutor(8) as pool:
         crowd = list(pool.map(lambda _: run_python(code, f"assert f({n}) > 0", timeout=max(1, 4*alone)), range(8)))
     assert all(v.passed for v in crowd)
-    tests = "s = 0\nfor i in range(3_000_000): s += i\nassert f(3) == 9"
+    tests = "s = 0\nfor i in range(2_000_000): s += i\nassert f(3) == 9"
     assert run_python("def f(x): return x*x", tests, timeout=5).passed
     late = run_python("def f(x): return x*x", "f(3)\nwhile True: pass", timeout=.5)
     assert (late.fault, "tests" in late.reason) == ("judge", True)
@@ -876,12 +877,12 @@ def test_reference_solutions_of_humaneval_pass(shared):
 
 
 def test_wrong_solutions_fail(shared):
-    "Every 24th task of both sets, solved by a function of the right name that returns its argument, or nothing."
-    mbpp = json.loads((shared/"mbpp"/"sanitized-mbpp.json").read_text())[::24]
+    "Every 48th task of both sets, solved by a function of the right name that returns its argument, or nothing."
+    mbpp = json.loads((shared/"mbpp"/"sanitized-mbpp.json").read_text())[::48]
     jobs = [("def " + _names_under_test("\n".join(r["test_list"]), "\n".join(r["test_imports"]))[0][-1]
              + "(*a): return None", {"tests": r["test_list"]}) for r in mbpp]
     jobs += [(f"def {r['entry_point']}(*a): return a[0]", dict(test=r["test"], entry_point=r["entry_point"],
-        setup=r["prompt"])) for r in humaneval(shared)[::24]]
+        setup=r["prompt"])) for r in humaneval(shared)[::48]]
     with ThreadPoolExecutor(2) as pool: verdicts = list(pool.map(lambda j: run_python(*j, timeout=30), jobs))
     assert [j[0] for j, v in zip(jobs, verdicts) if v.passed] == []
 
@@ -967,7 +968,7 @@ plain = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | s
                      max_leaves=20)
 
 @given(plain)
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_codec_round_trip(x):
     back = _decode(json.loads(json.dumps(_encode(x, Alone()))), Alone())
     shape = lambda v: (type(v), sorted(map(repr, v)) if isinstance(v, (set, frozenset))
@@ -982,7 +983,7 @@ anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() 
                         max_leaves=12)
 
 @given(anything)
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 def test_decoding_garbage_gives_plain_values_or_an_exception(x):
     try: v = _decode(x, Alone())
     except Exception: return
@@ -1056,8 +1057,8 @@ def test_packages_are_there_for_who_imports_them():
 def test_many_threads_and_no_file_descriptors_lost(world):
     before = len(os.listdir("/proc/self/fd"))
     with ThreadPoolExecutor(8) as pool:
-        verdicts = list(pool.map(lambda i: run_python(f"def f(x): return x*x + {i % 2}", TESTS, timeout=30), range(40)))
-    assert [v.passed for v in verdicts] == [i % 2 == 0 for i in range(40)]
+        verdicts = list(pool.map(lambda i: run_python(f"def f(x): return x*x + {i % 2}", TESTS, timeout=30), range(24)))
+    assert [v.passed for v in verdicts] == [i % 2 == 0 for i in range(24)]
     assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 

@@ -130,7 +130,7 @@ def scores(team):
         out[n] = a.policy.model.eval()(IDS).logits.detach().clone()
     return out
 
-EVERY_DAY = {"papers_own", "all_kinds"}
+EVERY_DAY = {"all_kinds"}
 @pytest.mark.parametrize("mix", [pytest.param(m, marks=[] if m.__name__ in EVERY_DAY else pytest.mark.slow)
                                  for m in MIXES])
 def test_any_mix_trains_saves_loads_and_resumes(tmp_path, mix):
@@ -159,17 +159,18 @@ def test_the_papers_own_team_is_one_line():
     assert team["extraction"].policy.model is team["profile"].policy.model is not team["retrieval"].policy.model
     assert [a.adapter for a in team.values()] == list(AGENTS) == list(team.trained)
 
-@pytest.mark.parametrize("mix", [adapters, one_policy, papers_own, three_lora_models, three_families])
+@pytest.mark.parametrize("mix", [adapters, one_policy, three_families, *(pytest.param(m, marks=pytest.mark.slow)
+                                                                         for m in (papers_own, three_lora_models))])
 def test_each_agent_has_its_own_reference(tmp_path, mix):
     "With beta > 0 the divergence is 0 before any update, and grows. One reference served all before, where any did."
-    lines = train(tmp_path, mix(), 4, beta=0.1, learning_rate=3e-2)
+    lines = train(tmp_path, mix(), 2, beta=0.1, learning_rate=3e-2)
     assert abs(lines[0]["kl"]) < 1e-7 < lines[-1]["kl"]
 
 def test_a_kl_term_holds_an_agent_back(tmp_path):
     far, near = papers_own(), papers_own()
     start = weights(far)
-    train(tmp_path, far, 6, learning_rate=3e-2)
-    train(tmp_path, near, 6, learning_rate=3e-2, beta=50.0)
+    train(tmp_path, far, 3, learning_rate=3e-2)
+    train(tmp_path, near, 3, learning_rate=3e-2, beta=50.0)
     moved = lambda team: sum((v - start[k]).norm() for k, v in weights(team).items())
     assert moved(near) < moved(far)
 
@@ -182,7 +183,7 @@ def test_the_judge_is_nobodys_policy(tmp_path, mix):
     team, question = mix(), ["w1 w2 g1 w3"]
     verdict = team.judge.choice_probs(question)
     policy = FrozenModel(team["profile"].policy)
-    train(tmp_path, team, 3, learning_rate=0.1)
+    train(tmp_path, team, 2, learning_rate=0.1)
     assert torch.equal(team.judge.choice_probs(question), verdict)
     if mix is three_families: assert not torch.equal(policy.choice_probs(question), verdict) # it has moved
 

@@ -37,12 +37,12 @@ class Handle:
     "Stands for an object in the other room: what is done with it is done there."
     __slots__ = "_line", "_number", "_kind", "_whose"
     def __init__(self, line, number, kind): self._line, self._number, self._kind, self._whose = line, number, kind, ""
-    def __call__(self, *args, **kw): return self._line.call(self, args, kw)
-    def __getattr__(self, name): return self._line.attribute(self, name)
+    def __call__(self, *args, **kw): return self._line.questions.call(self, args, kw)
+    def __getattr__(self, name): return self._line.questions.attribute(self, name)
     def __setattr__(self, name, value):
         if name in Handle.__slots__: object.__setattr__(self, name, value)
         else: self._line.ask("set", self._number, name, self._line.out(value))
-    def __contains__(self, item): return self._line.holds(self, item)
+    def __contains__(self, item): return self._line.questions.holds(self, item)
     def __hash__(self): return object.__hash__(self)
 
 ARITHMETIC = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
@@ -50,7 +50,7 @@ COMPARISONS = "eq ne lt le gt ge".split()
 
 def stand_in(name):
     "The method of a Handle for one of Python's operations."
-    def method(self, *args): return self._line.do(self, name, args)
+    def method(self, *args): return self._line.questions.do(self, name, args)
     return method
 for name in [*ARITHMETIC, *("r" + n for n in ARITHMETIC), *COMPARISONS, *"""len bool str repr int float index abs neg
              pos invert round iter reversed next getitem setitem delitem enter exit instancecheck""".split()]:
@@ -68,13 +68,12 @@ def operate(name, x, *args):
     return getattr(operator, f"__{name}__")(x, *args)
 '''
 
-# %% ../../nbs/source/checks/02_rooms.ipynb #d98f7f5d
-_LINE = '''
-class Line:
-    "One end of the two pipes: asks the other room, and answers it while it waits."
-    longest = 16*_MAX_MESSAGE   # bytes in a message
-    def __init__(self, read, write):
-        self.read, self.write, self.objects, self.numbers, self.errors = read, write, [], {}, {}
+# %% ../../nbs/source/checks/02_rooms.ipynb #a1c0f7d2
+_WIRE = '''
+class Wire:
+    "The two pipes of one end: messages, and the nonce that tells an answer from what was written before."
+    def __init__(self, read, write, longest):
+        self.read, self.write, self.longest = read, write, longest # bytes in a message
     def send(self, *message):
         data = memoryview(json.dumps(message).encode() + b"\\n")
         while data: data = data[os.write(self.write, data):]
@@ -82,15 +81,29 @@ class Line:
         "(word, nonce, op or kind, …); raises EOFError when the other room is gone."
         if line := _read_line(self.read, self.longest): return json.loads(line)
         raise EOFError
-    def exchange(self, op, *args):
-        "The answer to a question: what kind it is, and values. What the other room asks meanwhile is answered first."
+    def question(self, serve, op, *args):
+        "[kind, encoded values …]: the answer. What the other room asks meanwhile is served first."
         nonce = os.urandom(8).hex()
         self.send("ask", nonce, op, *args)
         while True:
-            word, echo, kind, *rest = self.receive()
-            if word == "answer" and echo == nonce: return kind, [_decode(v, self) for v in rest]
+            word, echo, *rest = self.receive()
+            if word == "answer" and echo == nonce: return rest
             if word != "ask": raise ValueError("an answer to another question")
-            self.serve(echo, kind, *rest)
+            serve(echo, *rest)
+'''
+
+# %% ../../nbs/source/checks/02_rooms.ipynb #d98f7f5d
+_LINE = '''
+class Line:
+    "One end of the connection: asks the other room, answers it, and keeps what stays in this one."
+    longest = 16*_MAX_MESSAGE   # bytes in a message
+    def __init__(self, read, write):
+        self.wire, self.questions = Wire(read, write, self.longest), Questions(self)
+        self.objects, self.numbers, self.errors = [], {}, {}
+    def exchange(self, op, *args):
+        "The answer to a question: what kind it is, and values."
+        kind, *values = self.wire.question(self.serve, op, *args)
+        return kind, [_decode(v, self) for v in values]
     def ask(self, op, *args):
         "The value that a question is answered with; raises what was raised there."
         kind, values = self.exchange(op, *args)
@@ -101,9 +114,9 @@ class Line:
         try: reply = ["value", *self.perform(op, *args)]
         except Refused: raise
         except BaseException as e: reply = ["error", ["x", *_encode_error(e, self)]]
-        try: self.send("answer", nonce, *reply)
+        try: self.wire.send("answer", nonce, *reply)
         except (RecursionError, ValueError) as e:
-            self.send("answer", nonce, "error", ["x", *_encode_error(e, self)])
+            self.wire.send("answer", nonce, "error", ["x", *_encode_error(e, self)])
     def perform(self, op, number, *args):
         "What a question asks for: a list of encoded values."
         x, plain = self.objects[number], lambda v: _decode(v, self)
@@ -115,20 +128,9 @@ class Line:
         if op == "attr": return [self.out(getattr(x, args[0]))]
         if op == "set": return [setattr(x, args[0], plain(args[1]))]
         if op == "do": return [self.out(operate(args[0], x, *plain(args[1])))]
-        if op == "more": return [self.more(x, number, *args)]
+        if op == "more": return [more(self, number, *args)]
         if op == "run": return [self.out(__import__("asyncio").run(awaited(x)))]
         raise ValueError(f"unknown question {op[:20]!r}")
-    def more(self, x, number, size):
-        "The next elements of an iterator, and whether it has ended."
-        items = []
-        try:
-            while len(items) < size: items.append(self.out(next(x)))
-        except StopIteration: return ["t", [["l", items], True]]
-        except Exception as e:
-            if not items: raise
-            self.objects[number] = fails(e)
-            self.objects.append(x) # or its id might become another object's
-        return ["t", [["l", items], False]]
     # ---- what crosses, and as what it arrives
     def out(self, x): return _encode(x, self)
     def keep(self, x):
@@ -145,28 +147,26 @@ class Line:
     def handle(self, tag, number, kind):
         made = Handle(self, number, kind)
         return elements(made) if tag == "g" else result(made) if tag == "w" else made
-    def error_class(self, names):
-        "The class here of an exception there, by the names of its classes."
-        known = getattr(builtins, names[0], None)
-        if isinstance(known, type) and issubclass(known, BaseException): return known
-        if own := library_error(names): return own
-        if names[0] not in self.errors:
-            if len(names) > 50: raise ValueError("too many classes")
-            said = lambda e: getattr(e, "said", "")
-            self.errors[names[0]] = type(names[0], (self.error_class(names[1:]),), {"__str__": said})
-        return self.errors[names[0]]
-    # ---- what is done with a Handle
+    def error_class(self, names): return error_class(self, names)
+'''
+
+# %% ../../nbs/source/checks/02_rooms.ipynb #c2d94f18
+_QUESTIONS = '''
+class Questions:
+    "What is done with a Handle, as questions to the room where its object is."
+    def __init__(self, line): self.line = line
     def call(self, handle, args, kw):
-        value, *changed = self.ask("call", handle._number, self.out(list(args)), self.out(kw))
+        line = self.line
+        value, *changed = line.ask("call", handle._number, line.out(list(args)), line.out(kw))
         if value is None: put_back([list(args), kw], *changed)
         return value
-    def attribute(self, handle, name): return self.ask("attr", handle._number, name)
-    def do(self, handle, name, args): return self.ask("do", handle._number, name, self.out(list(args)))
+    def attribute(self, handle, name): return self.line.ask("attr", handle._number, name)
+    def do(self, handle, name, args): return self.line.ask("do", handle._number, name, self.line.out(list(args)))
     def holds(self, handle, item): return self.do(handle, "contains", [item])
 '''
 
 # %% ../../nbs/source/checks/02_rooms.ipynb #5c9dcdda
-_CROSSING = '''
+_ELEMENTS = '''
 def elements(handle):
     "An iterator over what an iterator in the other room gives."
     size, ended = 1, False
@@ -181,13 +181,21 @@ def fails(error):
     raise error
     yield
 
-def library_error(names):
-    "An exception class of the standard library by the names of its classes, where its module is loaded here."
-    for module in list(sys.modules.values()):
-        found = getattr(module, "__dict__", {}).get(names[0])
-        if not isinstance(found, type) or found.__module__.split(".")[0] not in sys.stdlib_module_names: continue
-        if issubclass(found, BaseException) and [c.__name__ for c in found.__mro__] == names: return found
+def more(line, number, size):
+    "The next elements of an iterator that stays here, and whether it has ended."
+    x, items = line.objects[number], []
+    try:
+        while len(items) < size: items.append(line.out(next(x)))
+    except StopIteration: return ["t", [["l", items], True]]
+    except Exception as e:
+        if not items: raise
+        line.objects[number] = fails(e)
+        line.objects.append(x) # or its id might become another object's
+    return ["t", [["l", items], False]]
+'''
 
+# %% ../../nbs/source/checks/02_rooms.ipynb #e91b6a27
+_PUT_BACK = '''
 def put_back(old, new):
     "A value as it is now in the other room: the same object, changed in place, where it can be."
     if old is new or type(old) is not type(new): return new
@@ -205,6 +213,27 @@ def put_back(old, new):
     elif hasattr(old, "shape") and old.shape == new.shape: old[...] = new
     elif not isinstance(old, tuple): return new
     return old
+'''
+
+# %% ../../nbs/source/checks/02_rooms.ipynb #9ac5172e
+_ERRORS = '''
+def error_class(line, names):
+    "The class here of an exception there, by the names of its classes."
+    known = getattr(builtins, names[0], None)
+    if isinstance(known, type) and issubclass(known, BaseException): return known
+    if own := library_error(names): return own
+    if names[0] not in line.errors:
+        if len(names) > 50: raise ValueError("too many classes")
+        said = lambda e: getattr(e, "said", "")
+        line.errors[names[0]] = type(names[0], (line.error_class(names[1:]),), {"__str__": said})
+    return line.errors[names[0]]
+
+def library_error(names):
+    "An exception class of the standard library by the names of its classes, where its module is loaded here."
+    for module in list(sys.modules.values()):
+        found = getattr(module, "__dict__", {}).get(names[0])
+        if not isinstance(found, type) or found.__module__.split(".")[0] not in sys.stdlib_module_names: continue
+        if issubclass(found, BaseException) and [c.__name__ for c in found.__mro__] == names: return found
 '''
 
 # %% ../../nbs/source/checks/02_rooms.ipynb #28fd7723
@@ -252,7 +281,7 @@ def serve(job, ask, answer):
     "Load the code when it is asked for, and answer the judge's questions."
     line = CandidatesLine(ask, answer, job)
     try:
-        while True: line.serve(*line.receive()[1:])
+        while True: line.serve(*line.wire.receive()[1:])
     except EOFError: pass
 """
 
@@ -284,7 +313,7 @@ class JudgesLine(Line):
     longest = _MAX_MESSAGE
     def __init__(self, read, write):
         super().__init__(read, write)
-        self.refused, self.fault, self.calls, self.classes, self.yes_and_no = "", "", 0, set(), {}
+        self.refused, self.fault, self.questions = "", "", JudgesQuestions(self)
         self.space, self.own_objects = {}, 0 # the tests' names; how many Handles there were
     def lose(self, reason, fault="wrong"):
         if not self.refused: self.refused, self.fault = reason, fault
@@ -330,7 +359,15 @@ class JudgesLine(Line):
     def error_class(self, names):
         own = self.space.get(names[0])
         return own if isinstance(own, type) and issubclass(own, BaseException) else super().error_class(names)
-    # ---- what is done with the code's own objects: no verdict may rest on what they say of themselves
+"""
+
+# %% ../../nbs/source/checks/02_rooms.ipynb #3f8e91ca
+_JUDGES_QUESTIONS = """
+class JudgesQuestions(Questions):
+    "What the judge asks of the code's own objects: no verdict may rest on what they say of themselves."
+    def __init__(self, line):
+        super().__init__(line)
+        self.calls, self.classes, self.yes_and_no = 0, set(), {} # under test; method -> what it said
     def foreign(self, handle):
         "Whether an object is of a class that the tests do not name: then it is a result, and not under test."
         return handle._whose.startswith("foreign") or handle._whose != "named" and handle._kind not in self.classes
@@ -338,12 +375,12 @@ class JudgesLine(Line):
         self.calls += 1
         answer = super().call(handle, args, kw)
         whose, _, method = handle._whose.partition(".")
-        if whose == "told": self.limit("an object that was computed with a value is asked for more")
+        if whose == "told": self.line.limit("an object that was computed with a value is asked for more")
         if whose == "named" or not (args or kw) or answer is None: return answer
         if whose != "foreign": return self.said(method or "what the code returned", answer)
         what = f"{method} of an object of the code's own was given a value"
-        if isinstance(answer, bool): self.lose(f"wrong answer: {what}, and says {answer} itself")
-        if type(answer) is not Handle: self.limit(what)
+        if isinstance(answer, bool): self.line.lose(f"wrong answer: {what}, and says {answer} itself")
+        if type(answer) is not Handle: self.line.limit(what)
         answer._whose = "told"
         return answer
     def attribute(self, handle, name):
@@ -362,28 +399,36 @@ class JudgesLine(Line):
         if self.foreign(handle): return any(item == x for x in handle)
         return self.said("in", super().holds(handle, item))
     def do(self, handle, name, args):
-        kind, other, foreign = handle._kind[:40], type(args[0]) if args else None, self.foreign(handle)
-        if name in COMPARISONS:
-            if args[0] is None and name in ("eq", "ne"): return name == "ne"
-            if other is Handle: self.limit(f"two objects of the code's own, of type {kind!r}, are compared")
-            if not foreign: self.limit(f"an object of the class under test, {kind!r}, is compared with a value")
-            self.lose(f"wrong answer: an object of type {kind!r} cannot be compared with a value")
-        if name == "bool" and handle._whose == "told":
-            self.lose(f"wrong answer: an object of type {kind!r} says itself that it is right")
-        if handle._whose == "told" and name in ("abs", "float", "int", "index", "round", "len"):
-            self.limit(f"an object of type {kind!r} that was computed with a value is taken for one")
+        if name in ("eq", "ne") and args[0] is None: return name == "ne"
+        other = type(args[0]) if args else None
+        counts = name.removeprefix("r") in ARITHMETIC and other is not Handle
+        refuse(self.line, handle, name, other, self.foreign(handle), counts)
         if name == "instancecheck" and other is not Handle: return False
         if name == "exit": args = [*args[:2], None]                             # without the traceback
-        counts = name.removeprefix("r") in ARITHMETIC and other is not Handle
-        if counts and foreign: self.lose(f"wrong answer: an object of type {kind!r} computes with a value itself")
         try: answer = super().do(handle, name, args)
         except RuntimeError as e:
             if name == "next" and getattr(e, "theirs", "") == "StopIteration": raise StopIteration from None
             raise
         if type(answer) is not Handle:
-            if counts: self.limit(f"an object of the class under test, {kind!r}, computes with a value")
+            kind = handle._kind[:40]
+            if counts: self.line.limit(f"an object of the class under test, {kind!r}, computes with a value")
         elif counts or handle._whose == "told": answer._whose = "told"
         return answer
+"""
+
+# %% ../../nbs/source/checks/02_rooms.ipynb #62c9e0f5
+_REFUSE = """
+def refuse(line, handle, name, other, foreign, counts):
+    "Do not ask for an operation whose result an object of the code's own would decide; `other`: the second's type."
+    kind, told = handle._kind[:40], handle._whose == "told"
+    if name in COMPARISONS:
+        if other is Handle: line.limit(f"two objects of the code's own, of type {kind!r}, are compared")
+        if not foreign: line.limit(f"an object of the class under test, {kind!r}, is compared with a value")
+        line.lose(f"wrong answer: an object of type {kind!r} cannot be compared with a value")
+    if told and name == "bool": line.lose(f"wrong answer: an object of type {kind!r} says itself that it is right")
+    if told and name in ("abs", "float", "int", "index", "round", "len"):
+        line.limit(f"an object of type {kind!r} that was computed with a value is taken for one")
+    if counts and foreign: line.lose(f"wrong answer: an object of type {kind!r} computes with a value itself")
 """
 
 # %% ../../nbs/source/checks/02_rooms.ipynb #f7be782a
@@ -392,11 +437,12 @@ def judge(job, tests, ask, answer, verdict):
     "Run the tests against the candidate, and write [passed, reason, whose fault]."
     with open(tests, "rb") as f: spec = json.loads(f.read())
     line, reason = JudgesLine(answer, ask), ""
+    asked = line.questions
     try: examine(line, spec)
     except BaseException as e: reason, line.fault = why(e, spec["tests"].splitlines(), line.fault)
     else:
-        only_yes = [method for method, answers in line.yes_and_no.items() if answers == {True}]
-        if not line.calls: reason, line.fault = "the tests never called the code", "judge"
+        only_yes = [method for method, answers in asked.yes_and_no.items() if answers == {True}]
+        if not asked.calls: reason, line.fault = "the tests never called the code", "judge"
         elif only_yes:
             reason, line.fault = f"the judge cannot tell: the tests only hear yes from {only_yes[0][:40]}", "judge"
     reason = line.refused or reason or "passed"
@@ -418,10 +464,10 @@ def examine(line, spec):
         except NameError: continue
         if type(x) is Handle:
             x._whose = "named"
-            if name.lstrip("_")[:1].isupper(): line.classes.add(name) # what is written like a function is one
+            if name.lstrip("_")[:1].isupper(): line.questions.classes.add(name) # what is written like a function is one
     run(spec["tests"], "<tests>")
     if spec["check"]: space["check"](space[entry]) if entry in space else run(entry, "<tests>")
-    if line.calls: return
+    if line.questions.calls: return
     import unittest                                                # tests as functions, or as methods of a class
     for name, x in list(space.items()):
         if isinstance(x, type) and issubclass(x, unittest.TestCase):
@@ -450,6 +496,7 @@ def why(e, lines, fault):
 # %% ../../nbs/source/checks/02_rooms.ipynb #15708143
 def room_source()->str:
     "Codec and rooms as text, for an interpreter that has not imported this package; it must import what they use."
-    texts = _HANDLE, _LINE, _CROSSING, _SERVE, _SCRIPT, _JUDGES_LINE, _JUDGE, _WHY
+    texts = (_HANDLE, _WIRE, _LINE, _QUESTIONS, _ELEMENTS, _PUT_BACK, _ERRORS, _SERVE, _SCRIPT,
+             _JUDGES_LINE, _JUDGES_QUESTIONS, _REFUSE, _JUDGE, _WHY)
     read = f"_MAX_MESSAGE = {_MAX_MESSAGE!r}", inspect.getsource(_read_line)
     return "\n".join([inspect.getsource(codec), *read, *texts])

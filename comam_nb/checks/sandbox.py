@@ -88,7 +88,7 @@ def _names_under_test(
 @lru_cache(maxsize=1)
 def _child_source()->str:
     "The program that the fresh interpreter gets: walls and keeper, codec and rooms, as text."
-    imports = ("import base64, builtins, ctypes, json, math, os, platform, resource, select, signal, struct, sys, "
+    imports = ("import base64, builtins, ctypes, json, math, os, resource, select, signal, struct, sys, "
                "time, types")
     return "\n".join([imports, wall_source(), room_source()])
 

@@ -6,7 +6,7 @@
 __all__ = ['WALLS', 'wall_source']
 
 # %% ../../nbs/source/checks/01_walls.ipynb #9f4e25d6
-import base64, ctypes, inspect, math, os, platform, resource, select, signal, struct, sys, time
+import base64, ctypes, inspect, math, os, resource, select, signal, struct, sys, time
 
 # %% ../../nbs/source/checks/01_walls.ipynb #db6f8c7e
 def _set_limits(
@@ -83,7 +83,7 @@ _NEWER = [436, 437, 439, 441]  # close_range, openat2, faccessat2, epoll_pwait2:
 
 # %% ../../nbs/source/checks/01_walls.ipynb #09bace77
 def _seccomp_program(
-    arch:str, # platform.machine(): "x86_64" or "aarch64"
+    arch:str, # os.uname().machine: "x86_64" or "aarch64"
     pid:int,  # this process, as it sees itself
 )->bytes:     # instructions of 8 bytes each: code, jump if true, jump if false, constant
     "The system-call filter; raises OSError for a processor that has no table."
@@ -115,7 +115,7 @@ def _seccomp_program(
 # %% ../../nbs/source/checks/01_walls.ipynb #7c4fcd95
 def _seccomp()->None:
     "Install the filter on this process, for good; raises OSError where that does not work."
-    libc, program = ctypes.CDLL(None, use_errno=True), _seccomp_program(platform.machine(), os.getpid())
+    libc, program = ctypes.CDLL(None, use_errno=True), _seccomp_program(os.uname().machine, os.getpid())
     buffer = ctypes.create_string_buffer(program, len(program))
     head = struct.pack("HxxxxxxQ", len(program)//8, ctypes.addressof(buffer))
     if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, head, 0, 0): raise OSError(ctypes.get_errno(), "seccomp")

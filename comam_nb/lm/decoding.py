@@ -370,6 +370,10 @@ def _shelf(columns, S, like, room):
     shelf.keys, shelf.values = like.new_zeros(room), like.new_zeros(room)
     return shelf
 
+def _moved(x, used, room):
+    "A shelf's keys or values, of which the columns in use stand first, with room behind them."
+    return torch.cat([x[:, :, used], x.new_zeros(*x.shape[:2], room, x.size(3))], 2)
+
 # %% ../../nbs/source/lm/04_decoding.ipynb #ccc75d87
 class _Batch:
     "Texts that are being written side by side, greedily."
@@ -421,8 +425,7 @@ class _Batch:
     def shift(self):
         "Move what is in use to the buffer's beginning, with room behind it."
         c, used = self.columns, slice(self.columns.lo, self.columns.at)
-        wider = lambda x: torch.cat([x[:, :, used], x.new_zeros(*x.shape[:2], self.room, x.size(3))], 2)
-        for l in self.shelves: l.keys, l.values = wider(l.keys), wider(l.values)
+        for l in self.shelves: l.keys, l.values = (_moved(x, used, self.room) for x in (l.keys, l.values))
         self.mask = torch.cat([self.mask[:, used], self.mask.new_zeros(len(self.mask), self.room)], 1)
         self.begin = {i: self.begin[i] - c.lo for i in self.active}
         c.lo, c.at = 0, c.at - c.lo

@@ -9,7 +9,9 @@ __all__ = ['quote', 'with_memory', 'Solver', 'Attempt', 'load_attempts', 'solve'
 import html, re, threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, ClassVar
@@ -266,7 +268,7 @@ class Attempt:
     # False where a model could not answer, or a judge not judge; rates leave these out
     def judged(self)->bool:
         return self.verdict is not None and self.fault in ("", "wrong", "time")
-    @property
+    @cached_property
     def key(self)->tuple[str, str, str, int, str]: # what is solved once
         memory = text_hash(*self.memory)
         return self.task_id, self.task_hash, self.solver, self.sample, memory
@@ -285,6 +287,9 @@ class Attempt:
         verdict = None if d["verdict"] is None else Verdict.from_json(d["verdict"])
         return cls(**{**d, "messages": said, "memory": tuple(d["memory"]),
                       "verdict": verdict})
+    @classmethod
+    def journal(cls, path:str|Path)->"Journal[Attempt]": # open, for several `solve`
+        return Journal(path, **_ATTEMPT)
     def _repr_html_(self)->str: return _attempt_html(self)
 
 # %% ../../nbs/book/11_attempts.ipynb #cb626eb7
@@ -438,7 +443,8 @@ load_trajectories = load_attempts # its first name, kept for those who know it
 def solve(
     tasks:Task|Iterable[Task],
     solvers:Solver|Iterable[Solver],
-    path:str|Path|None=None, # JSONL, continued if it is there; None keeps nothing
+    path:str|Path|Journal[Attempt]|None=None, # JSONL, continued if it is there; open
+                             # already (then it stays so), or None: keep nothing
     memory:Callable[[Task, Solver], Sequence[str]]|None=None, # texts to put in front
     samples:int=1, # attempts of each solver at each task
     workers:int|None=None, # threads of a solver without batches; None: its chat's own
@@ -457,9 +463,9 @@ def solve(
             raise MemCollabError(f"{what} is {n!r}: use a whole number from 1")
     given = {(t.id, t.hash, i): (t, i) for t in tasks for i in range(samples)}
     jobs = list(given.values()) # a task that is given twice is solved once
-    journal:Journal[Attempt] = Journal(path, **_ATTEMPT)
-    with journal:
-        _check_solvers(solvers, journal.records, path)
+    journal = path if isinstance(path, Journal) else Journal(path, **_ATTEMPT)
+    with nullcontext() if journal is path else journal:
+        _check_solvers(solvers, journal.records, journal.path)
         done = {t.key: t for t in reversed(journal.records)}
         lanes = [_Lane(s, jobs, done, memory, patience) for s in solvers]
         _run(lanes, done, journal, workers, progress)
@@ -468,7 +474,7 @@ def solve(
     if missing := len(jobs) * len(lanes) - len(found):
         why = "; ".join(f"{lane.solver.name}: {lane.reason}" for lane in lanes
                         if lane.reason)
-        there = "done" if path is None else f"recorded in {path}"
+        there = "done" if journal.path is None else f"recorded in {journal.path}"
         raise ChatDown(f"{len(found)} attempts are {there}, {missing} are missing "
                        f"({why}): "
                        "the same call again does the rest", done=found)
@@ -513,6 +519,7 @@ def _run(lanes, done, journal, workers, progress):
 
 def _keep(attempt, done, journal, bar):
     journal.append(attempt.to_json())
+    journal.records.append(attempt)
     done[attempt.key] = attempt
     bar.update()
 

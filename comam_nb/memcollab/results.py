@@ -44,6 +44,16 @@ class _Outcome:
     @classmethod
     def from_json(cls, d:dict)->"_Outcome": return cls(**d)
 
+def _read_results(path):
+    "What a file of `Results` holds, by name."
+    try:
+        d = json.loads(Path(path).read_text(encoding="utf-8"))
+        outcomes = [_Outcome.from_json(o) for o in d["outcomes"]]
+        return dict(outcomes=outcomes, notes=list(d["notes"]), about=dict(d["about"] or {}))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise MemCollabError(f"{path} holds no results ({type(e).__name__}: {e}): "
+                             "give a file that Results.save wrote") from None
+
 def _to_outcome(arm, solver, seed, task, t):
     "What the table needs of an attempt."
     reason = t.error or (t.verdict.reason if t.verdict else "not checked")
@@ -112,12 +122,7 @@ class Results:
     @classmethod
     def load(cls, path:str|Path)->"Results":
         "Read what `save` wrote; raises `MemCollabError`."
-        try:
-            d = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls([_Outcome.from_json(o) for o in d["outcomes"]], d["notes"], about=d["about"])
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise MemCollabError(f"{path} holds no results ({type(e).__name__}: {e}): "
-                                 "give a file that Results.save wrote") from None
+        return cls(**_read_results(path))
     def __str__(self)->str: return _results_text(self)
     __repr__ = __str__
     def _repr_html_(self)->str: return _results_html(self)

@@ -174,13 +174,15 @@ def _run_arm(
     tasks = list({t.hash: t for t in tasks}.values())
     found:dict[str, list[Attempt]] = {n: [] for n in run}
     size = arm.every if arm.learn else max(1, len(tasks))
-    for start in range(0, len(tasks) if run else 0, size):
-        part = tasks[start:start + size]
-        done = solve(part, list(run.values()), path, memory=memory, **settings)
-        fresh = {n: [a for a in done if a.solver == s.name] for n, s in run.items()}
-        for n, attempts in fresh.items(): found[n] += attempts
-        if arm.learn:
-            arm.learn({n: list(zip(part, xs, strict=True)) for n, xs in fresh.items()})
+    with Attempt.journal(path) as journal: # read once, however often an arm learns
+        for start in range(0, len(tasks) if run else 0, size):
+            part = tasks[start:start + size]
+            done = solve(part, list(run.values()), journal, memory=memory, **settings)
+            fresh = {n: [a for a in done if a.solver == s.name] for n, s in run.items()}
+            for n, attempts in fresh.items(): found[n] += attempts
+            if arm.learn:
+                arm.learn({n: list(zip(part, xs, strict=True))
+                           for n, xs in fresh.items()})
     return found
 
 # %% ../../nbs/book/14_transfer.ipynb #6819219b

@@ -129,9 +129,8 @@ class Scorer:
         **kwargs,
     )->tuple[torch.Tensor, torch.Tensor|None, torch.Tensor|None]: # log-probs [N, T], entropies [N, T], a router's loss
         "What TRL asks of its model, from the policies whose rows these are."
-        def own_way(agent, rows): # padded as this agent's model knows it; TRL's padding may be no token of it
-            ids, mask = input_ids[rows], attention_mask[rows]
-            ids = ids.masked_fill(mask == 0, self.team[agent].policy.pad_id)
+        def own_way(agent, rows):
+            ids, mask = _padded(input_ids[rows], attention_mask[rows], self.team[agent].policy)
             return plain(model, ids, mask, logits_to_keep, **kwargs)
         if self.rows:
             agent, start, stop = self.rows
@@ -150,6 +149,10 @@ class Scorer:
         return torch.cat([_reference(self, agent, width) for agent in self.args.trained_agents])
 
 # %% ../../nbs/source/rl/06_scorer.ipynb #252f29e4
+def _padded(ids: torch.Tensor, mask: torch.Tensor, policy: Backbone) -> tuple[torch.Tensor, torch.Tensor]:
+    "Rows padded as this policy's model knows it: TRL's padding may be no token of it."
+    return ids.masked_fill(mask == 0, policy.pad_id), mask
+
 def _packed(scorer: Scorer, model: torch.nn.Module, device: torch.device, width: int) -> tuple | None:
     "What prompts share computed once; None where that is not exact or, on a card, saves little."
     args, (agent, start, stop) = scorer.args, scorer.rows
