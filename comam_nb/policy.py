@@ -6,10 +6,8 @@
 __all__ = []
 
 # %% ../nbs/book/02_policy.ipynb #1729b337
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 
 import comam_nb
 from .lm.backbone import Backbone, load_backbone

@@ -82,8 +82,8 @@ def _answer(args)->int:
     elif args.adapters: raise CommandError("--adapters goes with a model of your own, not with an endpoint")
     with MemoryStore(args.memory or ":memory:") as store:
         assistant = Assistant(team, store, user=args.user)
+        assistant.stale = not store.items(args.user, "coarse") # a profile that is there is as old as its facts
         if history: _observe(assistant, history, args.batch_size)
-        else: assistant.stale = not store.items(args.user, "coarse")
         if assistant.stale: assistant.reflect()
         _show_items("fine-grained memory", store.items(args.user, "fine"))
         _show_items("coarse-grained memory", store.items(args.user, "coarse"))

@@ -37,7 +37,7 @@ def add_model_arguments(
                    "instruct, or few-shot for a model without a chat template)")
     p.set_defaults(model_defaults={**_MODEL_DEFAULTS, "max_new_tokens": max_new_tokens})
 
-def _is_endpoint(spec:str|None)->bool: return bool(spec) and ("://" in spec or spec.startswith("replay:"))
+def _is_endpoint(spec:str)->bool: return "://" in spec or spec.startswith("replay:")
 
 def _without_template(spec:str)->bool:
     "Whether a local model's files say that it has no chat template; nothing is loaded for it."

@@ -6,7 +6,7 @@
 __all__ = ['trial']
 
 # %% ../../nbs/source/memcollab/13_trial.ipynb #4176c4cf
-import html, math, tempfile
+import html, tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import zip_longest

@@ -51,7 +51,7 @@ class Conversation:
         temperature:float=0.0, # of a reply
     ):
         self.assistant, self.k = Assistant(agents, store, user), k
-        self.said, self.settings = list[Message](), dict(max_tokens=max_tokens, temperature=temperature)
+        self.said, self.settings = list[Message](), (max_tokens, temperature)
         self.date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         policy:Any = agents["retrieval"].policy
         self.chat = LocalChat(policy) if isinstance(policy, Backbone) else policy
@@ -65,7 +65,7 @@ class Conversation:
         found = [h.item for h in store.search(text, user, self.k)]
         said = [*self.said, Message("user", text, len(self.said) + 1)]
         notes = [i.text for i in reversed(found)]
-        reply = self.chat.chat(_messages(notes, said), **self.settings)
+        reply = self.chat.chat(_messages(notes, said), *self.settings)
         said.append(Message("assistant", reply.text, len(said) + 1))
         stored = self.assistant.observe(Session(self.date, tuple(said), self.date))
         self.said = said

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOPICS', 'INVARIANTS', 'HANDWRITING', 'make_tasks', 'stock_phrases', 'lesson', 'example', 'demo_tokenizer',
-           'train_all', 'demo_solvers']
+           'demo_solvers']
 
 # %% ../../nbs/source/worlds/02_schools.ipynb #e81af1d0
 import math, random, re, time
@@ -495,7 +495,7 @@ def _save_demo(
     backbone.tokenizer.save_pretrained(str(folder))
     backbone.model.to(torch.float32)
 
-def train_all(
+def _train_all(
     folder:str|Path, # one subdirectory for each agent and seed
     seeds:Sequence[int]=(0, 1, 2),
     steps:int=1800, # for each
@@ -512,7 +512,7 @@ def train_all(
 # %% ../../nbs/source/worlds/02_schools.ipynb #c32a4a58
 def _load_demo(
     seed:int=0, # 0, 1 or 2 come with the package
-    folder:str|Path|None=None, # from `train_all`; None takes the package's own
+    folder:str|Path|None=None, # from `_train_all`; None takes the package's own
 )->tuple[Backbone, ...]: # (Llama, GPT-NeoX), each a Backbone
     "Two trained agents. Raises `BackboneError` if there are none of this seed."
     import comam_nb
@@ -520,7 +520,7 @@ def _load_demo(
     for m in _MODELS:
         if not (folder / f"{m}{seed}" / "config.json").exists():
             raise BackboneError(f"{folder}: no demo agents of seed {seed!r}: train them with "
-                                f"`train_all({str(folder)!r}, seeds=[{seed!r}])`")
+                                f"`_train_all({str(folder)!r}, seeds=[{seed!r}])`")
     return tuple(load_backbone(folder / f"{m}{seed}", adapters=None, dtype="float32", device="cpu", verbose=False)
                  for m in _MODELS)
 

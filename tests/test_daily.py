@@ -1,0 +1,95 @@
+"Every day: talk, look into the memory, ask it again tomorrow, through the commands as a user types them."
+import io, json, sys
+
+import pytest
+
+pytest.importorskip("openai", reason="endpoints need the package `openai`")
+
+from comam_nb.cli.__main__ import main
+from comam_nb.store.items import MemoryStore
+
+
+def speak(prompt):
+    "One model for three agents and the talk: extraction copies what the user says of herself."
+    if "<final_answer>" in prompt: return "<information> [1] </information> <final_answer> Miso </final_answer>"
+    if "My cat is called Miso" in prompt and "user:" in prompt: return "Has a cat called Miso. [1]"
+    if "It rained" in prompt and "user:" in prompt: return "Says that it rained. [1]"
+    return "Likes animals. [1]" if "\n[1]" in prompt else "I see."
+
+@pytest.fixture
+def place(server, tmp_path):
+    server.answer = speak
+    class Place:
+        dir, memory = tmp_path, str(tmp_path / "memory.db")
+        model = ["--backbone", f"{server.url}#m"]
+        history = tmp_path / "log.jsonl"
+    said = [{"role": "user", "content": "My cat is called Miso."}, {"role": "assistant", "content": "How nice!"}]
+    Place.history.write_text(json.dumps({"messages": said}) + "\n")
+    return Place
+
+def run(capsys, *argv):
+    code = main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_first_day_and_the_next(place, server, capsys):
+    ask = ["answer", *place.model, "--memory", place.memory, "--user", "ana", "--query", "What is my cat called?"]
+    code, out, err = run(capsys, *ask, "--history", place.history)
+    assert code == 0 and "answer: Miso" in out and "session 1 of 1: 2 turns, 1 facts stored" in out, (out, err)
+    n, asked = len(MemoryStore(place.memory).items("ana")), len(server.log)
+    code, out, _ = run(capsys, *ask, "--history", place.history) # the same log again
+    assert code == 0 and "read before" in out and len(MemoryStore(place.memory).items("ana")) == n
+    assert len(server.log) == asked + 1 # only the question
+    code, out, _ = run(capsys, *ask) # tomorrow, without a log
+    assert code == 0 and "answer: Miso" in out and len(server.log) == asked + 2
+    other = place.dir / "other.jsonl"
+    other.write_text(json.dumps({"messages": [{"role": "user", "content": "It rained."}]}) + "\n")
+    assert run(capsys, *ask, "--history", other)[0] == 0
+    assert [i.cites for i in MemoryStore(place.memory).items("ana", "fine")] == [(1,), (3,)] # no two turns are one
+    code, out, _ = run(capsys, "memory", "search", place.memory, "--user", "ana", "--query", "cat", "-k", "1")
+    assert code == 0 and "Miso" in out
+    assert "1 items are deleted" in run(capsys, "memory", "forget", place.memory, "--user", "ana", "--id",
+                                        MemoryStore(place.memory).items("ana", "fine")[0].id)[1]
+    assert run(capsys, *ask, "--history", place.history)[0] == 0 # what was forgotten does not come back
+    assert not any("Miso" in i.text for i in MemoryStore(place.memory).items("ana", "fine"))
+
+
+def test_chat_writes_the_memory_as_one_talks(place, server, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("My cat is called Miso.\n\n/memory\nIt rained.\n/quit\n"))
+    code, out, err = run(capsys, "chat", *place.model, "--memory", place.memory, "--user", "ana")
+    assert code == 0, err
+    assert "+ [1] Has a cat called Miso." in out and "+ [3] Says that it rained." in out and "0 items about ana" in out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What do you know?\n"))
+    code, out, _ = run(capsys, "chat", *place.model, "--memory", place.memory, "--user", "ana")
+    told = [b["messages"][0]["content"] for *_, b in server.log if b["messages"][0]["role"] == "system"]
+    assert code == 0 and "2 items about ana" in out and "| Has a cat called Miso." in told[-1]
+
+
+def test_a_dead_endpoint_is_a_line_and_the_talk_goes_on(capsys, monkeypatch):
+    from comam_nb.lm.endpoints import EndpointChat
+    old = EndpointChat.__init__
+    monkeypatch.setattr(EndpointChat, "__init__", lambda self, *a, **k: old(self, *a, **{**k, "retries": 0}))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello?\n/memory\n"))
+    code, out, _ = run(capsys, "chat", "--backbone", "http://127.0.0.1:9/v1#m")
+    assert code == 0 and "no reply: m at 127.0.0.1" in out
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["answer", "--query", "x"], "name a chat log with --history, or a memory file with --memory"),
+    (["answer", "--query", "x", "--memory", "no.db"], "there is no such file"),
+    (["answer", "--query", "x", "--memory", "MEMORY", "--user", "eve"], "holds nothing of 'eve': it knows ana"),
+    (["train", "--data", "microworld"], "a model behind an endpoint cannot be trained"),
+    (["chat", "--adapters", "somewhere"], "--adapters goes with a model of your own")])
+def test_bad_input(argv, words, place, capsys):
+    from comam_nb.store.items import MemoryItem
+    with MemoryStore(place.memory) as store: store.add(MemoryItem("", "ana", "Likes tea."))
+    argv = [place.memory if a == "MEMORY" else a for a in argv]
+    code, _, err = run(capsys, *argv, *place.model)
+    assert code == 2 and err.startswith("comam: ") and words in err and err.count("\n") == 1, err
+
+
+def test_a_file_of_another_program_is_left_alone(tmp_path, capsys):
+    (tmp_path / "notes.db").write_text("I am no database, and long enough to be one." * 9)
+    code, _, err = run(capsys, "memory", "stats", tmp_path / "notes.db")
+    assert code == 2 and "cannot be opened" in err and err.count("\n") == 1
