@@ -90,7 +90,8 @@ def _unread(
     done = next((n for n in sizes if n <= whole and _mark(session, n) in seen), 0)
     rest = session.messages[done:]
     if not rest: return replace(session, messages=())
-    first, span = rest[0].turn, rest[-1].turn - rest[0].turn + 1
+    turns = [m.turn for m in rest]
+    first, span = min(turns), max(turns) - min(turns) + 1
     taken = any(a < first + span and first < a + n for a, n in seen.values())
     start = max(a + n for a, n in seen.values()) if taken else first
     seen[_mark(session, whole)] = (start, span)
@@ -109,7 +110,7 @@ class Assistant:
     ):
         self.agents, self.user, self.temperature, self.k = agents, user, temperature, k
         self.store, self.usage = MemoryStore() if store is None else store, Usage()
-        self.stale = True # facts are newer than the profile
+        self.stale = self._is_stale() # facts are newer than the profile
         self.pieces:list[int] = [] # into how many the last sessions were split
 
     def observe_all(self,
@@ -131,10 +132,11 @@ class Assistant:
         known = set(_notes(self.store.items(self.user, "fine")))
         out = []
         for s, some in zip(sessions, pieces):
-            stored = [i for _ in some for i in self._keep(next(acted), "fine", known)]
-            mark = _mark(s, len(s.messages))
-            if some: self.store.add((), [(self.user, mark, *seen[mark])]) # all of it is kept
-            out.append(stored)
+            decisions, mark = [next(acted) for _ in some], _mark(s, len(s.messages))
+            out.append([i for d in decisions for i in self._keep(d, "fine", known)])
+            # a reply of which no line could be read is asked for again next time
+            heard = all(d.action.notes or not d.action.malformed for d in decisions)
+            if some and heard: self.store.add((), [(self.user, mark, *seen[mark])])
         self.stale = self.stale or any(out)
         return out
 
@@ -178,6 +180,11 @@ class Assistant:
         named = tuple(shown[n - 1] for n in d.action.used)
         seconds = time.perf_counter() - start
         return _AssistantReply(d.sample.text, d.action.answer, named, shown, seconds)
+
+    def _is_stale(self)->bool:
+        fine, coarse = (self.store.items(self.user, g) for g in ("fine", "coarse"))
+        newest = max((i.created for i in fine), default="")
+        return not coarse or newest > min(i.created for i in coarse)
 
     def _act(self, name:str, states:list[State], batch_size:int=1)->list[Decision]:
         start, agent = time.perf_counter(), self.agents[name]

@@ -89,6 +89,49 @@ def test_bad_input(argv, words, place, capsys):
     assert code == 2 and err.startswith("comam: ") and words in err and err.count("\n") == 1, err
 
 
+@pytest.mark.parametrize("line", ['{"read": ["u", "2 abc", 1%s, 2]}' % ("0" * 30), '{"read": ["u\\ud800", "2 abc", 1, 2]}',
+    '{"read": ["u", "2 abc", Infinity, 2]}', '{"read": ["u", "2 abc", true, 1.9]}', '{"read": [true, null, -5, "-7"]}',
+    '{"read": ["u", "junk", 1, 2]}', '{"item": {"id": "", "user": "u", "text": "x"}}', "[1]", "\xff"])
+def test_no_junk_is_imported(line, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_bytes(line.encode("latin-1"))
+    code, _, err = run(capsys, "memory", "import", tmp_path / "memory.db", "--file", tmp_path / "in.jsonl")
+    assert code == 2 and err.startswith("comam: ") and err.count("\n") == 1, err
+    assert run(capsys, "memory", "stats", tmp_path / "memory.db")[1].count("\n") == 1 # nothing is there
+
+
+def test_an_import_keeps_the_turns_of_logs_apart(tmp_path, capsys):
+    from comam_nb.store.items import MemoryItem
+    paths = [str(tmp_path / f"{n}.db") for n in "ab"]
+    for n, path in zip("ab", paths):
+        with MemoryStore(path) as store: store.add(MemoryItem(n, "ana", f"Said {n}.", "fine", [1]), [("ana", f"2 {n}", 1, 2)])
+    run(capsys, "memory", "export", paths[0], "--file", tmp_path / "out.jsonl")
+    for _ in range(2): assert run(capsys, "memory", "import", paths[1], "--file", tmp_path / "out.jsonl")[0] == 0
+    with MemoryStore(paths[1]) as store:
+        assert [(i.text, i.cites) for i in store.items("ana")] == [("Said b.", (1,)), ("Said a.", (3,))]
+        assert store.sessions("ana") == {"2 b": (1, 2), "2 a": (3, 2)}
+
+
+def test_a_talk_survives_bytes(place, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xff?\nMy cat is called Miso.\n/forget \xff\n"),
+                                                       encoding="utf-8"))
+    code, out, err = run(capsys, "chat", *place.model, "--memory", place.memory, "--user", "ana")
+    assert code == 0 and "Has a cat called Miso." in out and "Traceback" not in err
+
+
+def test_new_facts_make_a_profile_stale_also_across_commands(place, server, capsys, monkeypatch):
+    ask = ["answer", *place.model, "--memory", place.memory, "--user", "ana", "--query", "What is my cat called?"]
+    run(capsys, *ask, "--history", place.history)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("It rained.\n"))
+    run(capsys, "chat", *place.model, "--memory", place.memory, "--user", "ana")
+    n = len(server.log)
+    run(capsys, *ask)
+    assert len(server.log) == n + 2 # the profile anew, and the question
+    fact = MemoryStore(place.memory).items("ana", "fine")[0].id
+    assert "the profile was made from such facts" in run(capsys, "memory", "forget", place.memory, "--user", "ana",
+                                                         "--id", fact)[1]
+    assert MemoryStore(place.memory).items("ana", "coarse") == []
+
+
 def test_a_file_of_another_program_is_left_alone(tmp_path, capsys):
     (tmp_path / "notes.db").write_text("I am no database, and long enough to be one." * 9)
     code, _, err = run(capsys, "memory", "stats", tmp_path / "notes.db")

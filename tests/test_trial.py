@@ -75,6 +75,48 @@ def test_what_nobody_could_judge_is_no_try():
     assert found[0].status == "on trial" and "too few of its tries could be judged" in repr(found)
 
 
+def test_a_lesson_that_makes_a_model_talk_without_end_has_spoiled_the_answer():
+    class Talker(Adder):
+        def chat(self, messages, **settings):
+            reply = super().chat(messages, **settings)
+            return replace(reply, text="", finish="length") if "calm" in messages[-1]["content"] else reply
+    talkers = [Solver(n, Talker(n, forgets=0), "plain") for n in ("ada", "bo")]
+    [c] = trial(bank_of(IDLE), TASKS, talkers, progress=False)
+    assert c.status == "retired" and all(t["without"] and not t["with"] for t in c.source["trials"])
+
+
+def test_two_solvers_of_one_model_have_tries_of_their_own():
+    x, y = Solver("x", Adder("m", ("calm",), forgets=0), "plain"), Solver("y", Adder("m", forgets=0), "plain")
+    [c] = trial(bank_of(IDLE), TASKS, [x, y], models=1, progress=False)
+    assert c.status == "retired" and {t["solver"] for t in c.source["trials"]} == {"x", "y"}
+
+
+def test_what_others_decided_meanwhile_stays():
+    bank, team = bank_of(HELPS, IDLE), agents()
+    plain = team[0].chat.chat
+    def meddle(*args, **settings):
+        if team[0].chat.asked == 6: bank.set_status(HELPS.id, "quarantined"); bank.remove(IDLE.id)
+        return plain(*args, **settings)
+    team[0].chat.chat = meddle
+    assert states(trial(bank, TASKS, team, progress=False)) == {"carrying": "quarantined"}
+
+
+@pytest.mark.parametrize("junk", ["abc", [1], [{"task": "x"}], 5, [{"task": "x", "solver": "s", "model": ["l"]}]])
+def test_forged_tries_are_passed_over(junk):
+    bank = bank_of(replace(HELPS, source={"trials": junk, "also": junk}))
+    bank.add(replace(HELPS, source={"pairs": [{"task": "t", "right": "r", "wrong": "w"}]}))
+    [c] = trial(bank, TASKS, agents(), progress=False)
+    assert c.status == "active" and len(c.source["trials"]) > 4
+
+
+def test_a_new_wording_is_no_way_out():
+    bank = bank_of(replace(HELPS, status="quarantined"), replace(HARMS, status="retired", source={"trials": [1]}))
+    for c, want in zip(bank.entries(), ("quarantined", "new")):
+        new = bank.revise(c.id, Constraint(c.when, f"{c.enforce} slowly", c.avoid, c.category))
+        [found] = [e for e in bank.entries() if e.id == new]
+        assert found.status == want and "trials" not in found.source
+
+
 def test_a_trial_goes_on_where_it_was_stopped(tmp_path):
     bank, path = ConstraintBank(tmp_path/"bank.db"), tmp_path/"attempts.jsonl"
     bank.add([HELPS, HARMS, IDLE])
@@ -132,7 +174,7 @@ def test_a_file_from_before_there_was_a_status_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("settings, words", [(dict(budget=0), "budget is 0"), (dict(batch=True), "batch is True"),
-    (dict(fewest=9, budget=8), "above the budget"), (dict(level=1), "level is 1"), (dict(models=3), "there are 2")])
+    (dict(fewest=9, budget=8), "above the budget"), (dict(level=1), "level is 1"), (dict(status="nwe"), "status is 'nwe'"), (dict(models=3), "there are 2")])
 def test_bad_settings(settings, words):
     with pytest.raises(MemCollabError, match=words): trial(bank_of(HELPS), TASKS, agents(), **settings)
 def test_unknown_states():

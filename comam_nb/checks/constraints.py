@@ -52,7 +52,7 @@ class Constraint:
         object.__setattr__(self, "models", tuple(one_line(m, "models") for m in self.models))
         if not isinstance(self.source, dict):
             raise MemCollabError(f"constraint: source is {self.source!r}: give a dict")
-        if isinstance(self.support, bool) or not isinstance(self.support, int) or self.support < 1:
+        if isinstance(self.support, bool) or not isinstance(self.support, int) or not 1 <= self.support < 2**63:
             raise MemCollabError(f"constraint: support is {self.support!r}: give a whole number from 1")
         if self.status not in STATUSES:
             raise MemCollabError(f"constraint: status is {self.status!r}: use one of {', '.join(STATUSES)}")
@@ -369,7 +369,8 @@ def absorb(
     new = [p for p in theirs if key(p) not in have]
     if (theirs or a.source == b.source) and not new: return a
     gained = b.support if len(new) == len(theirs) else len(new)
-    also = [*a.source.get("also", ()), *([rest(b.source, "pairs")] if b.source else ())]
+    also = a.source.get("also")
+    also = [*(also if isinstance(also, list) else ()), *([rest(b.source, "pairs")] if b.source else ())]
     known = key(rest(a.source, "pairs", "also"))
     also = list({key(x): x for x in also if key(x) != known}.values())
     source = a.source | ({"pairs": ours + new} if ours or new else {}) | ({"also": also} if also else {})

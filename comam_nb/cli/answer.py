@@ -8,7 +8,7 @@ __all__ = ['add_answer']
 # %% ../../nbs/source/cli/03_answer.ipynb #52f5c346
 import argparse
 
-from .common import add_model_arguments, fill_model_arguments, language_team
+from .common import add_model_arguments, fill_model_arguments, language_team, printable
 from ..runs.folder import CommandError
 from ..runs.sources import history_for
 
@@ -36,7 +36,7 @@ def add_answer(
 # %% ../../nbs/source/cli/03_answer.ipynb #8d8e8f0f
 def _show_items(title, items):
     print(f"\n{title}: {len(items)} item{'s' * (len(items) != 1)}")
-    for i in items: print(f"  {list(i.cites)} {i.text}")
+    for i in items: print(f"  {list(i.cites)} {printable(i.text, True)}")
 
 def _observe(assistant, history, batch_size):
     "Read all sessions; what was read is stored now and then, not only at the end."
@@ -82,7 +82,6 @@ def _answer(args)->int:
     elif args.adapters: raise CommandError("--adapters goes with a model of your own, not with an endpoint")
     with MemoryStore(args.memory or ":memory:") as store:
         assistant = Assistant(team, store, user=args.user)
-        assistant.stale = not store.items(args.user, "coarse") # a profile that is there is as old as its facts
         if history: _observe(assistant, history, args.batch_size)
         if assistant.stale: assistant.reflect()
         _show_items("fine-grained memory", store.items(args.user, "fine"))
@@ -90,5 +89,6 @@ def _answer(args)->int:
         reply = assistant.answer(args.query, tuple(args.options) if args.options else None)
         _show_items("retrieved", reply.candidates)
         _show_items("named as evidence", reply.evidence)
-        print(f"\nanswer: {reply.answer or reply.text.strip() or '(none)'}\n{assistant.usage}")
+        said = printable(reply.answer or reply.text.strip() or "(none)")
+        print(f"\nanswer: {said}\n{assistant.usage}")
     return 0

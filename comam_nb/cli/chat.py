@@ -31,12 +31,13 @@ def _command(line:str, store, user:str)->bool: # whether to go on
     word, _, rest = line.partition(" ")
     if word == "/quit": return False
     if word == "/memory":
-        for i in store.items(user): print(f"  {i.id}  {i.granularity:6} {list(i.cites)} {printable(i.text)}")
+        for i in store.items(user): print(f"  {printable(i.id, True)}  {i.granularity:6} {list(i.cites)} {printable(i.text, True)}")
     elif word == "/forget": print(f"  {store.forget(user, rest.split())} items are deleted")
     else: print(f"  {_HELP}")
     return True
 
 def _lines(): # what the user types; a prompt on a terminal
+    if hasattr(sys.stdin, "reconfigure"): sys.stdin.reconfigure(errors="replace")
     while True:
         if sys.stdin.isatty(): print("> ", end="", flush=True)
         line = sys.stdin.readline()
@@ -45,7 +46,6 @@ def _lines(): # what the user types; a prompt on a terminal
 
 def _chat(args)->int: # exit code
     "`comam chat`."
-    from comam_nb.base.errors import ChatDown
     from comam_nb.runs.conversation import Conversation
     from comam_nb.store.items import MemoryStore
     fill_model_arguments(args)
@@ -56,14 +56,16 @@ def _chat(args)->int: # exit code
         talk = Conversation(team, store, args.user, max_tokens=args.max_new_tokens)
         print(f"{team['retrieval'].policy}; {len(store.items(args.user))} items about {args.user}; {_HELP}", flush=True)
         for line in _lines():
-            if line.startswith("/"):
-                if not _command(line, store, args.user): break
-                continue
-            try: said = talk.say(line)
-            except ChatDown as e:
+            try:
+                if line.startswith("/"):
+                    if _command(line, store, args.user): continue
+                    break
+                said = talk.say(line)
+            except ValueError as e: # ours, of any kind: the talk goes on
+                if not type(e).__module__.startswith("comam_nb"): raise
                 print(f"  no reply: {printable(str(e))}", flush=True)
                 continue
             print(printable(said.reply))
-            for i in said.stored: print(f"  + {list(i.cites)} {printable(i.text)}")
+            for i in said.stored: print(f"  + {list(i.cites)} {printable(i.text, True)}")
             sys.stdout.flush()
     return 0

@@ -109,8 +109,10 @@ def language_team(
 # %% ../../nbs/source/cli/01_common.ipynb #f0ce6836
 def printable(
     text:str, # of a model, or from a file
+    one_line:bool=False, # write line breaks as escapes, too
 )->str: # without characters that a terminal would obey
-    "Text with its control characters as escapes; line breaks stay."
+    "Text with its control characters as escapes."
+    if one_line: text = text.replace("\n", "\\n")
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
 
 # %% ../../nbs/source/cli/01_common.ipynb #ddf6dd0e

@@ -33,8 +33,8 @@ def add_build(
     p.add_argument("-K", type=int, default=3, help="lessons per pair, 1 to 10 (default 3)")
     p.add_argument("--distill-tokens", type=int, default=400, help="tokens of a reply about a pair (default 400)")
     p.add_argument("--tries", type=int, default=8, help="of every new lesson on training tasks of its kind, by "
-                   "each solver, with and without it: it is used if it does no harm (default 8; 0: all are, as in the "
-                   "paper)")
+                   "each solver, with and without it: it is used unless it spoils more than it "
+                   "saves (default 8; 0: all are, as in the paper)")
     p.add_argument("--trajectories", help="file of attempts (default: beside the bank)")
     p.add_argument("--report", help="JSON file with all figures")
     Job.add_arguments(p)

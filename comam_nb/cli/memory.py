@@ -43,7 +43,7 @@ def add_memory(
 
 # %% ../../nbs/source/cli/06_memory.ipynb #f13909c7
 def _line(item)->str: # for a terminal
-    return f"{item.id}  {item.granularity:6} {list(item.cites)} {printable(item.text)}"
+    return f"{printable(item.id, True)}  {item.granularity:6} {list(item.cites)} {printable(item.text, True)}"
 
 def _users(args, store)->list[str]: # the one that is named, or all
     "Raises `CommandError` for a user of whom nothing is stored."
@@ -56,11 +56,11 @@ def _stats(args, store)->None:
     for user in store.users():
         kinds = {g: len(store.items(user, g)) for g in ("fine", "coarse")}
         read = len(store.sessions(user))
-        print(f"{user}: {kinds['fine']} facts, {kinds['coarse']} in the profile, {read} sessions read")
+        print(f"{printable(user, True)}: {kinds['fine']} facts, {kinds['coarse']} in the profile, read {read} times")
 
 def _list(args, store)->None:
     for user in _users(args, store):
-        print(f"{user}:")
+        print(f"{printable(user, True)}:")
         for item in store.items(user, args.kind): print(f"  {_line(item)}")
 
 def _search(args, store)->None:
@@ -71,7 +71,11 @@ def _forget(args, store)->None:
     _users(args, store)
     if missing := sorted(set(args.id or ()) - {i.id for i in store.items(args.user)}):
         raise CommandError(f"{args.user!r} has no item {missing[0]!r}: nothing was forgotten; see `comam memory list`")
+    facts = args.id is None or any(i.granularity == "fine" and i.id in args.id for i in store.items(args.user))
+    profile = [i.id for i in store.items(args.user, "coarse")] if facts and args.id else []
     print(f"{store.forget(args.user, args.id)} items are deleted")
+    if n := store.forget(args.user, profile) if profile else 0:
+        print(f"the profile was made from such facts: its {n} items are deleted, the next answer writes it anew")
 
 # %% ../../nbs/source/cli/06_memory.ipynb #9ac966ce
 def _export(args, store)->None:
@@ -86,25 +90,40 @@ def _read_rows(path)->tuple[list, list]: # items, sessions that were read
     "What `_export` wrote. Raises `CommandError` with the line that is none of it."
     from comam_nb.store.items import MemoryItem
     items, read = [], []
-    for n, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    try: lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError: raise CommandError(f"{path} is no text in UTF-8: nothing was imported") from None
+    for n, line in enumerate(lines, 1):
         if not line.strip(): continue
         try:
             row = json.loads(line)
             if "item" in row: items.append(MemoryItem.from_json(row["item"]))
-            else:
-                user, mark, first, turns = row["read"]
-                read.append((str(user), str(mark), int(first), int(turns)))
-        except (ValueError, TypeError, KeyError, RecursionError) as e:
+            else: read.append(tuple(row["read"]))
+            if items and not items[-1].id: raise ValueError("an item without an id")
+        except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as e:
             raise CommandError(f"{path}, line {n} is nothing that `comam memory export` wrote ({e}): "
                                "nothing was imported") from None
     return items, read
+
+def _apart(store, items, read)->tuple[list, list]: # the same, with turn numbers that no other log has
+    "Where turns of another log have the numbers of an import's, all of the import moves behind them."
+    from dataclasses import replace
+    shift = {}
+    for user in {r[0] for r in read}:
+        known = [place for _, place in store.sessions(user).items()]
+        ours = [(first, n) for u, _, first, n in read if u == user]
+        if any(a < b + m and b < a + n for a, n in known for b, m in ours):
+            shift[user] = max(a + n for a, n in known) - min(b for b, _ in ours)
+    moved = [replace(i, cites=[c + shift.get(i.user, 0) for c in i.cites]) for i in items]
+    return moved, [(u, mark, first + shift.get(u, 0), n) for u, mark, first, n in read]
 
 def _import(args, store)->None:
     items, read = _read_rows(args.file)
     if args.user: items, read = [i for i in items if i.user == args.user], [r for r in read if r[0] == args.user]
     have = {u: {i.id for i in store.items(u)} for u in {i.user for i in items}}
     new = [i for i in items if i.id not in have[i.user]]
-    store.add(new, read)
+    fresh = [r for r in read if r[1] not in store.sessions(r[0])]
+    moved, places = _apart(store, new, fresh)
+    store.add(moved, places)
     print(f"{len(new)} items are new, {len(items) - len(new)} were there")
 
 def _run(args)->int: # exit code

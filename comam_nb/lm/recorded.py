@@ -8,7 +8,6 @@ __all__ = ['ReplayChat', 'RecordingChat', 'open_chat']
 # %% ../../nbs/source/lm/08_recorded.ipynb #607ca2e4
 import json, threading
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -61,6 +60,8 @@ class ReplayChat(ChatModel):
         self.name, self.path, self.workers = model or models[0], path, workers
         # reversed: the first record of a key wins
         self._replies = {k: r for k, m, r in reversed(records) if m == self.name}
+        # only a model that could choose has left choices
+        if any(r.finish == "choice" for r in self._replies.values()): self.choose = self._choose
     def chat(self, messages:list[dict[str, str]], max_tokens:int=512, temperature:float=0.0, seed:int|None=None,
              top_p:float|None=None)->Reply:
         "The recorded reply; raises `MemCollabError` if this was never asked."
@@ -72,9 +73,7 @@ class ReplayChat(ChatModel):
                                  f"temperature {temperature:g}, seed {seed}: record it again, or use the settings of "
                                  f"the recording")
         return reply
-    def choose(self, prompt:str, choices:Sequence[str])->str:
-        "The recorded choice; raises `MemCollabError` if this was never asked."
-        return self.chat(_question(prompt, choices), max_tokens=0).text
+    def _choose(self, prompt, choices): return self.chat(_question(prompt, choices), max_tokens=0).text
     def _seeds(self, prompts, temperature): return _numbered(prompts, temperature)
     def __repr__(self): return f"ReplayChat({self.name!r}, {len(self._replies)} replies)"
 
@@ -113,7 +112,7 @@ class RecordingChat(ChatModel):
     def _choose(self, prompt, choices):
         key = _key(self.name, _question(prompt, choices), 0, 0.0, None)
         if key in self._replies: return self._replies[key].text
-        return self._keep(key, Reply(self.inner.choose(prompt, choices))).text
+        return self._keep(key, Reply(self.inner.choose(prompt, choices), finish="choice")).text
     def _keep(self, key, reply):
         with self._lock:
             if key not in self._replies:

@@ -122,10 +122,12 @@ def _elsewhere(training): # another category, which a task's hash draws by lot
 
 def _after_trial(training): # of the same bank, what does no harm on the training tasks
     bank = training.bank.checkout(training.bank.version)
-    bank.set_status([c.id for c in bank.entries()], "new")
+    known = [c for c in bank.entries() if c.status in ("new", "on trial", "active")]
+    bank.set_status([c.id for c in known], "new")
+    names = {s.chat.name for s in training.solvers}
+    settings = {"models": min(2, len(names)), **training.trial, **training.running}
     path = training.folder and training.folder/f"train-{training.seed}.jsonl"
-    done = trial(bank, training.tasks, training.solvers, path, **training.trial,
-                 **training.running)
+    done = trial(bank, training.tasks, training.solvers, path, **settings)
     training.notes += [repr(done).splitlines()[0], *done.notes]
     return Arm("memcollab_trial", recall(training, lambda s: bank, training.where),
                about="the same bank, of it what models did no worse with in a trial")

@@ -26,7 +26,23 @@ def _try(
     helped:Attempt, # with it
 )->dict: # plain JSON
     "One try."
-    return {"task": alone.task_hash, "model": alone.model, "without": alone.right, "with": helped.right}
+    return {"task": alone.task_hash, "solver": alone.solver, "model": alone.model,
+            "without": alone.right, "with": helped.right}
+
+def _tells(alone:Attempt, helped:Attempt)->bool:
+    "Whether two attempts are a try: nobody is to blame but the model, and at least one of them was judged."
+    fit = all(a.verdict is not None and a.fault != "judge" for a in (alone, helped))
+    return fit and (alone.judged or helped.judged)
+
+def _kept(
+    source:dict, # a constraint's provenance; a file may say anything there
+)->dict[tuple[str,str],dict]: # (task, solver) -> try
+    "The tries that an entry carries; malformed ones are passed over."
+    found = source.get("trials")
+    def sound(t):
+        texts = isinstance(t, dict) and all(isinstance(t.get(k), str) for k in ("task", "solver", "model"))
+        return texts and all(isinstance(t.get(k), bool) for k in ("with", "without"))
+    return {(t["task"], t["solver"]): t for t in found if sound(t)} if isinstance(found, list) else {}
 
 def _changed(
     tries:Iterable[dict],
@@ -34,6 +50,14 @@ def _changed(
     "How many answers a lesson spoiled, and how many it saved."
     pairs = Counter((t["without"], t["with"]) for t in tries)
     return pairs[True, False], pairs[False, True]
+
+def _changed_tasks(
+    tries:Iterable[dict],
+)->tuple[int,int]: # (lost, gained)
+    "The same by task: models that solve one task alike are not several witnesses."
+    net: Counter[str] = Counter()
+    for t in tries: net[t["task"]] += t["with"] - t["without"]
+    return sum(x < 0 for x in net.values()), sum(x > 0 for x in net.values())
 
 # %% ../../nbs/source/memcollab/13_trial.ipynb #6d737c31
 def _evidence(
@@ -54,11 +78,12 @@ def _decide(
     "How far a lesson has come."
     count = Counter(t["model"] for t in tries)
     each = [_changed(t for t in tries if t["model"] == m) for m in count]
-    (lost, gained), limit = _changed(tries), (1 + len(each)) / level
-    if any(_evidence(*pair) >= limit for pair in [(lost, gained), *each]): return "retired"
+    (worse, better), limit = _changed_tasks(tries), (1 + len(each)) / level
+    if any(_evidence(*pair) >= limit for pair in [(worse, better), *each]): return "retired"
     if sum(n >= fewest for n in count.values()) < models: return "on trial"
-    if _evidence(gained, lost) >= 1 / level: return "active"
+    if _evidence(better, worse) >= 1 / level: return "active"
     if not last: return "on trial"
+    lost, gained = _changed(tries)
     return "active" if gained >= lost else "retired"
 
 # %% ../../nbs/source/memcollab/13_trial.ipynb #9172dfae
@@ -98,7 +123,7 @@ class _Trials(list[Constraint]):
         self.notes = list(notes)
     def rows(self)->list[tuple[str,...]]: # status, tries, lost, gained, lesson
         "One row of texts for each lesson."
-        tries = [c.source.get("trials", ()) for c in self]
+        tries = [_kept(c.source).values() for c in self]
         return [(c.status, str(len(ts)), *map(str, _changed(ts)), str(c)) for c, ts in zip(self, tries)]
     def __repr__(self):
         said = Counter(c.status for c in self)
@@ -142,32 +167,34 @@ def trial(
     models, and what `solve` raises."""
     _check_trial(solvers, budget, level, batch, fewest, models)
     wanted, out = {status} if isinstance(status, str) else {*status}, _Trials()
+    if unknown := wanted - {*STATUSES}:
+        raise MemCollabError(f"status is {unknown.pop()!r}: use some of {', '.join(STATUSES)}")
     lessons = {c.id: c for c in bank.entries() if c.status in wanted}
     queue = {i: _tasks_for(c, tasks)[:budget] for i, c in lessons.items()}
-    tried = {i: {(t["task"], t["model"]): t for t in c.source.get("trials", ())} for i, c in lessons.items()}
-    states = {i: "on trial" if len(queue[i]) >= fewest else lessons[i].status for i in lessons}
     out.notes = [f"{str(lessons[i])[:60]!r}: {len(ts)} tasks of its kind, {fewest} are needed: not tried"
                  for i, ts in queue.items() if len(ts) < fewest]
+    undecided = {i for i, ts in queue.items() if len(ts) >= fewest}
     scratch = tempfile.TemporaryDirectory()
     file = Path(path or Path(scratch.name) / "attempts.jsonl")
     for start in range(0, budget, batch):
-        open_ones = [c for i, c in lessons.items() if states[i] == "on trial"]
+        # as they are now: somebody else may have decided, or taken one out
+        open_ones = [c for c in bank.entries() if c.id in undecided and c.status in wanted | {"on trial"}]
         parts = {c.id: queue[c.id][start:start + batch] for c in open_ones}
+        tried = {c.id: _kept(c.source) for c in open_ones}
         alone = _solve_with({}, [t for ts in parts.values() for t in ts], solvers, file, running)
         for wave in _waves(open_ones):
             told = {(c.category, c.subcategory): str(c) for c in wave}
             helped = _solve_with(told, [t for c in wave for t in parts[c.id]], solvers, file, running)
             for c in wave:
                 both = [(alone[t.hash, s.name], helped[t.hash, s.name]) for t in parts[c.id] for s in solvers]
-                tried[c.id] |= {(a.task_hash, a.model): _try(a, b) for a, b in both if a.judged and b.judged}
-        for i in parts:
-            last = start + batch >= len(queue[i])
-            states[i] = _decide([*tried[i].values()], last, level, fewest, models)
-        bank.rows.set_status({i: states[i] for i in parts}, f"trial, {min(start + batch, budget)} tasks each",
-                             {i: [*tried[i].values()] for i in parts})
+                tried[c.id] |= {(a.task_hash, a.solver): _try(a, b) for a, b in both if _tells(a, b)}
+        done = {i: start + batch >= len(queue[i]) for i in parts}
+        states = {i: _decide([*tried[i].values()], done[i], level, fewest, models) for i in parts}
+        bank.rows.set_status(states, f"trial, {min(start + batch, budget)} tasks each",
+                             {i: [*tried[i].values()] for i in parts}, among=wanted | {"on trial"})
+        undecided = {i for i, s in states.items() if s == "on trial"}
     scratch.cleanup()
-    out.notes += [f"{str(lessons[i])[:60]!r}: too few of its tries could be judged: still on trial"
-                  for i, ts in queue.items() if len(ts) >= fewest and states[i] == "on trial"]
+    out.notes += [f"{str(lessons[i])[:60]!r}: too few of its tries could be judged: still on trial" for i in undecided]
     now = {c.id: c for c in bank.entries()}
-    out += [now[i] for i in lessons]
+    out += [now[i] for i in lessons if i in now]
     return out

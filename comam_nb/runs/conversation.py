@@ -47,10 +47,11 @@ class Conversation:
         store:MemoryStore|None=None, # None keeps the memory in RAM
         user:str="user", # whose memory
         k:int=8, # items that the model is reminded of at most
+        recent:int=20, # messages that the model reads again
         max_tokens:int=256, # of a reply
         temperature:float=0.0, # of a reply
     ):
-        self.assistant, self.k = Assistant(agents, store, user), k
+        self.assistant, self.k, self.recent = Assistant(agents, store, user), k, recent
         self.said, self.settings = list[Message](), (max_tokens, temperature)
         self.date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         policy:Any = agents["retrieval"].policy
@@ -65,7 +66,8 @@ class Conversation:
         found = [h.item for h in store.search(text, user, self.k)]
         said = [*self.said, Message("user", text, len(self.said) + 1)]
         notes = [i.text for i in reversed(found)]
-        reply = self.chat.chat(_messages(notes, said), *self.settings)
+        reply = self.chat.chat(_messages(notes, said[-self.recent:]), *self.settings)
+        if reply.finish.startswith("refused"): raise DataError(f"the model gives no answer: {reply.finish}")
         said.append(Message("assistant", reply.text, len(said) + 1))
         stored = self.assistant.observe(Session(self.date, tuple(said), self.date))
         self.said = said

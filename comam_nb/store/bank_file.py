@@ -7,7 +7,7 @@ __all__ = ['BankFile', 'Version', 'BankRows', 'BankHistory']
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #e346c7bf
 import json, sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -349,7 +349,10 @@ class BankRows:
         with self.file.transaction(write=True) as db:
             old = _known(self.file, db, id)
             if not new.source:
-                new = replace(new, source=old.source | {"revised_from": id}, models=old.models, support=old.support)
+                source = {k: v for k, v in old.source.items() if k != "trials"} # those were of the old wording
+                new = replace(new, source=source | {"revised_from": id}, models=old.models, support=old.support)
+            if old.status != "active": # a new wording is no way out of quarantine
+                new = replace(new, status="quarantined" if old.status == "quarantined" else "new")
             version = _new_version(db, "revise", note)
             _close(db, id, version)
             _put(db, [new], "revise", note, version)
@@ -359,10 +362,12 @@ class BankRows:
         states:Mapping[str,str], # id -> one of STATUSES
         note:str="",             # why
         trials:Mapping[str,list[dict]]|None=None, # id -> tries to be kept with the entry, in place of those it has
+        among:Collection[str]|None=None, # only entries that are there and have one of these now; None: all must be there
     )->int: # how many entries have changed
         "Say how far entries have come, as one new version; raises `MemCollabError` for an unknown id or status."
         with self.file.transaction(write=True) as db:
-            old = [_known(self.file, db, i) for i in states]
+            if among is None: old = [_known(self.file, db, i) for i in states]
+            else: old = [c for i in states if (c := _live(db, i)) and c.status in among]
             tried = {i: {"trials": rows} for i, rows in (trials or {}).items()}
             new = [replace(c, status=states[c.id], source=c.source | tried.get(c.id, {})) for c in old]
             changed = [c for c, was in zip(new, old) if c != was]

@@ -132,6 +132,8 @@ def _imported(
     if not isinstance(raw, dict): raise MemCollabError(f"an entry is {str(raw)[:40]!r}: it must be an object")
     def part(*names): return {k: raw[k] for k in names if k in raw}
     c = Constraint.from_json(part("when", "enforce", "avoid", "category", "subcategory"))
+    try: json.dumps(raw, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError: raise MemCollabError("it holds half a character") from None
     if trust: c = Constraint.from_json(c.to_json() | part("source", "models", "support", "status"))
     else:
         claim = raw.get("source")

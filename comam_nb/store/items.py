@@ -6,7 +6,7 @@
 __all__ = ['MemoryItem', 'FlatIndex', 'MemoryStore']
 
 # %% ../../nbs/source/store/01_items.ipynb #12c6af86
-import html, itertools, json, math, sqlite3
+import html, itertools, json, math, re, sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -241,13 +241,25 @@ def _insert_item(
     values = id, item.user, item.text, item.granularity, json.dumps(item.cites), item.created or now, item.by
     db.execute(f"INSERT INTO items({_COLUMNS}, vector) VALUES(?,?,?,?,?,?,?,?)", (*values, _to_blob(vector)))
     return id
+def _check_read(
+    row:object, # what `MemoryStore.add` was given as something read
+)->tuple[str,str,int,int]: # the same
+    "Raise `StoreError` unless it is a user, a number with a hash, and two turn numbers."
+    if not isinstance(row, (list, tuple)) or len(row) != 4: raise StoreError(f"read holds {row!r}: give four values")
+    user, mark, first, turns = row
+    for name, text in (("user", user), ("mark", mark)): _check_text(name, text, "read")
+    if not user or not re.fullmatch(r"\d{1,18} \w+", mark): raise StoreError(f"read holds the mark {mark!r} of {user!r}")
+    for x in (first, turns):
+        if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x < 2**62:
+            raise StoreError(f"read holds the turn number {x!r}: give a whole number")
+    return user, mark, first, turns
 def _add_items(
     file:_StoreFile,
     items:MemoryItem|Iterable[MemoryItem],
     read:Iterable[tuple[str,str,int,int]]=(), # see `MemoryStore.add`
 )->list[str]: # their ids
     "Store one item or several, and what was read for them, all or none, in one transaction."
-    items = [items] if isinstance(items, MemoryItem) else list(items)
+    items, read = [items] if isinstance(items, MemoryItem) else list(items), [_check_read(r) for r in read]
     for item in items:
         if not isinstance(item, MemoryItem): raise StoreError(f"add got {item!r}: give MemoryItem objects")
         if not item.user: raise StoreError(f"item {item!r} has no user: set user to the one whom it is about")
@@ -382,8 +394,9 @@ class MemoryStore:
         sql = f"SELECT {_COLUMNS} FROM items WHERE user=? AND granularity IN ({marks}) ORDER BY seq"
         with self.file.session() as db: return [_row_to_item(r) for r in db.execute(sql, (user, *kinds))]
     def users(self)->list[str]: # sorted
-        "Everybody about whom something is stored."
-        with self.file.session() as db: return [u for u, in db.execute("SELECT DISTINCT user FROM items ORDER BY user")]
+        "Everybody about whom something is stored, or was read."
+        sql = "SELECT user FROM items UNION SELECT user FROM sessions ORDER BY user"
+        with self.file.session() as db: return [u for u, in db.execute(sql)]
     def __len__(self)->int:
         with self.file.session() as db: return db.execute("SELECT count(*) FROM items").fetchone()[0]
     def forget(self, user:str, ids:str|Iterable[str]|None=None)->int: # how many were deleted
