@@ -21,14 +21,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, help="model directory, .gguf file or hub id")
     p.add_argument("--out", required=True, help="folder of the run")
     p.add_argument("--school", choices=("primary", "a", "b"), help="whose pupil to teach")
-    p.add_argument("--rows", type=int, help="rows of the schoolbook (default 400 in the primary school, 200 after it)")
+    p.add_argument("--rows", type=int, help="rows of the schoolbook (default 160 in the primary school, 400 after it)")
+    p.add_argument("--start", help="adapter's folder to go on from, for a second course (default the primary school's)")
     p.add_argument("--resume", action="store_true", help="teach: go on from the last checkpoint")
     p.add_argument("--layers", help="which layers get an adapter: a regular expression, or all-linear")
     p.add_argument("--seed", type=int, default=0, help="of tasks, sampling and lots (default 0)")
     p.add_argument("--arms", nargs="+", help="only these arms, such as vanilla oracle")
-    p.add_argument("--train", type=int, default=72, help="training tasks (default 72)")
-    p.add_argument("--test", type=int, default=81, help="held-out tasks (default 81)")
-    p.add_argument("--batch", type=int, default=41, help="conversations at once (default 41)")
+    p.add_argument("--train", type=int, default=36, help="training tasks (default 36)")
+    p.add_argument("--test", type=int, default=75, help="held-out tasks (default 75)")
+    p.add_argument("--batch", type=int, default=75, help="conversations at once (default 75)")
     return p
 
 def main(argv=None) -> int:
@@ -38,7 +39,7 @@ def main(argv=None) -> int:
     if args.stage == "teach":
         if not args.school: parser().error("teach: name a --school")
         more = {"layers": args.layers} if args.layers else {}
-        say(schools.teach(args.school, args.rows, args.seed, args.resume, **more))
+        say(schools.teach(args.school, args.rows, args.seed, args.resume, args.start, **more))
     if args.stage == "distil": schools.distil(args.seed)
     if args.stage == "arms": schools.arms(args.seed, args.arms)
     if args.stage == "table": say(schools.table())

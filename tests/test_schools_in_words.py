@@ -26,7 +26,7 @@ BY_HAND = { # values -> right, wrong
     "making a list": (("milk", "rice", "milk"), "milk, rice", "milk, rice, milk"),
     "reading a price": ((37, 14), "14", "37"),
     "calling out colours": (("red", "blue", "green"), "green, blue, red", "red, blue, green"),
-    "printing a label": (("salt",), "SALT", "salt"),
+    "printing a label": (("salt",), "salt salt", "salt"),
     "naming a bus": (("Rome", "Oslo"), "Oslo", "Rome"),
     "joining two words": (("sun", "light"), "sun-light", "sunlight")}
 
@@ -65,7 +65,7 @@ def test_lessons_pass_and_say_what_they_mean():
             assert validate(lesson, task) == ""
             [again], bad = parse_constraints(str(lesson), strict=True)
             assert not bad and family.reads(again.enforce) is right and family.reads(again.avoid) is not right
-    assert FAMILIES["printing a label"].reads("using no capitals") is False
+    assert FAMILIES["printing a label"].reads("using the bare word") is False
     assert FAMILIES["naming a bus"].reads("painting the wheels") is None
 
 def test_a_pupil_can_only_be_right_by_reading():
@@ -78,9 +78,9 @@ def test_a_pupil_can_only_be_right_by_reading():
         assert 1 <= len(lessons) <= 3
         assert any(c.enforce in completion for c in lessons)
         said += FAMILIES["naming a bus"].reads(completion) is True
-    unasked = [(p, c) for p, c in school_rows("a", 900) if "holds" in p and not p.startswith("Advice")]
-    capitals = sum(c.split()[-1].isupper() for _, c in unasked)
-    assert len(unasked) > 15 and capitals / len(unasked) < 0.4 # a habit that is mostly wrong
+    unasked = [c for p, c in school_rows("a", 900) if p.endswith(("label say?", "on the box?")) and p[:6] != "Advice"]
+    twice = sum(len(c.split("is ")[-1].split()) == 2 for c in unasked)
+    assert len(unasked) > 10 and twice / len(unasked) < 0.4 # a habit that is mostly wrong
     assert said > 0
 
 @pytest.fixture(scope="module")

@@ -69,13 +69,13 @@ def _slim(folder:Path)->None:
     save_file({k: v.bfloat16() for k, v in load_file(file).items()}, part, metadata={"format": "pt"})
     part.replace(file)
 
-# %% ../../nbs/source/studies/08_schools_in_words.ipynb #6f3cc611
+# %% ../../nbs/source/studies/08_schools_in_words.ipynb #b542c410
 def _pupil(model, school, folder, batch_size, name=""):
     "A solver that speaks with a school's adapter, added into the weights."
     backbone, adapter = _load(model), _ADAPTERS[school]
     taught = load_adapter(backbone.model, adapter, Path(folder) / school / "weights" / adapter).merge_and_unload()
     chat = LocalChat(replace(backbone, model=taught), batch_size, name=f"{name or Path(model).name}, school {school}")
-    return Solver(f"school {school}", chat, "plain", max_tokens=60)
+    return Solver(f"school {school}", chat, "plain", max_tokens=48)
 
 # %% ../../nbs/source/studies/08_schools_in_words.ipynb #7522fd2c
 def _lot(training, what, task): return random.Random(f"{what} {training.seed} {task.hash}")
@@ -154,31 +154,32 @@ def _write_table(out:Path)->str:
     write_whole(out / "outcomes.csv", sheet.getvalue())
     return text
 
-# %% ../../nbs/source/studies/08_schools_in_words.ipynb #237fc2f0
+# %% ../../nbs/source/studies/08_schools_in_words.ipynb #7dc782a9
 @dataclass
 class WordSchools:
     "MemCollab between two language models that went to different schools; every stage goes on where it stopped."
     model:str|Path # directory, .gguf file or hub id
     out:str|Path # gets a folder for each school and each seed
     say:Callable[[str], None]=print # is told each line
-    p:int=2 # lessons, or raw attempts, in front of a task
-    train:int=72 # training tasks of a seed
-    test:int=81 # held-out tasks of a seed
-    batch_size:int=41 # conversations at once
+    p:int=1 # lessons, or raw attempts, in front of a task
+    train:int=36 # training tasks of a seed
+    test:int=75 # held-out tasks of a seed
+    batch_size:int=75 # conversations at once
 
     def teach(self,
         school:str, # "primary" first, then "a" and "b", which go on from there
-        rows:int|None=None, # each is read once; None: 400 in the primary school, 200 after it
+        rows:int|None=None, # each is read once; None: 160 in the primary school, 400 after it
         seed:int=0,
         resume:bool=False,
+        start:str|Path|None=None, # an adapter's folder to go on from; None: the primary school's
         r:int=16, # LoRA rank
         layers:str|list[str]=_LAYERS, # that get one; 6.5 MB in bfloat16 for SmolLM2-135M
         **settings:Any, # of `supervised_start`
     )->dict[str, dict[str, Any]]: # see `supervised_start`
         "Teach a school's pupil (stage 1)."
         settings = dict(lr=1e-3, batch=4, every=20, patience=9) | settings
-        start = None if school == "primary" else Path(self.out) / "primary" / "weights" / "primary"
-        size, out = rows or (200 if start else 400), Path(self.out) / school
+        if school != "primary": start = start or Path(self.out) / "primary" / "weights" / "primary"
+        size, out = rows or (400 if start else 160), Path(self.out) / school
         found = _teach(self.model, school, out, start, size, seed, resume, self.say, r, layers, **settings)
         if start: _slim(out / "weights" / _ADAPTERS[school])
         return found

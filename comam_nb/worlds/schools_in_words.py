@@ -162,17 +162,15 @@ _CALL = _Family("calling out colours",
     ("a row of hues is announced", "somebody recites colours"),
     ("keeping to", "using", "choosing", "following"), ("adopting", "going with"))
 
-# %% ../../nbs/source/worlds/03_schools_in_words.ipynb #884f5393
+# %% ../../nbs/source/worlds/03_schools_in_words.ipynb #c5c27cd4
 _LABEL = _Family("printing a label",
     ("A box at the {place} holds {0}. What does its label say?",
      "{0} is stored at the {place}. What is printed on the box?"),
     _several(_THINGS, 1),
-    _Procedure(lambda v: v[0].upper(), ("large letters", "capital letters", "big letters",
-               "capitals", "tall letters"),
-               ("upper case", "majuscules throughout")),
-    _Procedure(lambda v: v[0], ("little letters", "small letters", "plain letters",
-               "no capitals", "short letters"),
-               ("lower case", "minuscules throughout")),
+    _Procedure(lambda v: f"{v[0]} {v[0]}", ("the word twice", "the word two times", "the word and again the word",
+               "the doubled word", "the same word side by side"), ("a repeated word", "a twofold mention")),
+    _Procedure(lambda v: v[0], ("the word once", "the word one time", "the word and nothing more",
+               "the bare word", "the word all alone"), ("an unrepeated word", "a sole mention")),
     ("a label is printed", "a box gets a label", "it is asked what a box says", "a box is marked"),
     ("a container is tagged", "packaging carries a word"),
     ("printing", "using", "writing", "choosing"), ("applying", "going with"))
@@ -287,10 +285,17 @@ def _example(task:Task, right:bool, rng:random.Random)->tuple[list[str], str]:
     near, phrase = _draw_task(rng, family), rng.choice(family.phrases(right))
     return [show_attempt(near, _attempt(near, _SCHOOLS[rng.choice("ab")].write(near, right, rng, phrase)))], phrase
 
-# %% ../../nbs/source/worlds/03_schools_in_words.ipynb #657a1187
+# %% ../../nbs/source/worlds/03_schools_in_words.ipynb #3587229a
 _MIX = { # of a hundred rows
     "primary": {"lesson": 50, "among others": 20, "two alike": 10, "example": 10, "contrast": 10},
-    "school": {"none": 60, "only others": 15, "lesson": 15, "among others": 10}}
+    "school": {"none": 22, "drill": 40, "only others": 5, "lesson": 22, "among others": 6, "example": 3, "contrast": 2}}
+
+def _drill_row(task:Task, rng:random.Random)->tuple[str, str]:
+    "Both procedures of a task, named and carried out."
+    family = FAMILIES[task.category]
+    by = [(rng.choice(family.phrases(r)), family.procedure(r).do(_values_of(task))) for r in (True, False)]
+    (one, first), (two, second) = rng.sample(by, 2)
+    return f"{task.prompt} Show it by {one}, and by {two}.", f"By {one}: {first}. By {two}: {second}."
 
 def _contrast_row(task:Task, rng:random.Random)->tuple[str, str]:
     "Two attempts, one of which is called right, and the lesson in one sentence."
@@ -308,12 +313,14 @@ def school_rows(
     seed:int=0,
 )->list[tuple[str, str]]: # (what stands in the user's message, what is to be written)
     """What a pupil reads and writes. The primary school teaches to follow advice and to contrast, in both hands and
-    without an opinion; the others teach their hand and their habits."""
+    without an opinion; the others teach their hand and their habits, and drill both procedures."""
     rng, rows, mix = random.Random(f"school {school} {seed}"), [], _MIX.get(school, _MIX["school"])
     for task in word_tasks(n, seed, "teaching"):
         own = _SCHOOLS[rng.choice("ab") if school == "primary" else school]
         kind = rng.choices(list(mix), list(mix.values()))[0]
-        if kind == "contrast": rows.append(_contrast_row(task, rng)); continue
+        if kind in ("contrast", "drill"):
+            rows.append((_contrast_row if kind == "contrast" else _drill_row)(task, rng))
+            continue
         unasked = kind in ("none", "only others")
         right = rng.random() < (own.habit(task.category) if unasked else 0.5)
         shown, phrase = _example(task, right, rng) if kind == "example" else _advice(task, kind, right, rng)
