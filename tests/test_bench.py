@@ -19,7 +19,7 @@ from comam_nb.runs import reports
 from comam_nb.runs.bench import RunFile, _chains, _news, read_run, record_of, run_system
 from comam_nb.runs.cases import browse, loss_counts, _lost_by, memory_events
 from comam_nb.runs.length_artefact import _length_rank, balanced_accuracy, length_choice, length_rule, length_weights
-from comam_nb.readers.personamem import Question, read_questions
+from comam_nb.readers.personamem import Question, _read_questions
 from comam_nb.runs.reports import _options_only, _OptionsOnly, evaluate_systems, _read_runs, report
 from comam_nb.systems.comam import CoMAMSystem
 from comam_nb.systems.interface import Answer, MemorySystem
@@ -128,7 +128,7 @@ def test_rules_refuse():
 
 def test_the_artefact_of_personamem(shared):
     "The table in data/SOURCES.md, from the official file."
-    qs = read_questions(shared / "personamem_v1" / "questions_32k.csv")
+    qs = _read_questions(shared / "personamem_v1" / "questions_32k.csv")
     assert len(qs) == 589 and len({q.user for q in qs}) == 20
     assert [int(length_rule(qs, r).sum()) for r in ("longest", "by_type", "by_type_other_users")] == [304, 396, 396]
     rows = {k: [int(length_rule([q for q in qs if q.meta["label"] == k], r).sum()) for r in ("longest", "shortest")]
@@ -145,10 +145,10 @@ def test_the_artefact_of_personamem(shared):
 def test_broken_questions_name_their_line(tmp_path):
     path = tmp_path / "q.csv"
     path.write_text("persona_id,question_id\n0,x\n")
-    with pytest.raises(DataError, match="line 1: column 'question_type' is missing"): read_questions(path)
+    with pytest.raises(DataError, match="line 1: column 'question_type' is missing"): _read_questions(path)
     head = "persona_id,question_id,question_type,user_question_or_message,correct_answer,all_options"
     path.write_text(head + "\n0,x,t,hello,(e),\"['(a) x', '(b) y']\"\n")
-    with pytest.raises(DataError, match="line 2.*correct_answer"): read_questions(path)
+    with pytest.raises(DataError, match="line 2.*correct_answer"): _read_questions(path)
 
 
 # ---- language models without memory

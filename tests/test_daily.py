@@ -89,7 +89,8 @@ def test_bad_input(argv, words, place, capsys):
     assert code == 2 and err.startswith("comam: ") and words in err and err.count("\n") == 1, err
 
 
-@pytest.mark.parametrize("line", ['{"read": ["u", "2 abc", 1%s, 2]}' % ("0" * 30), '{"read": ["u\\ud800", "2 abc", 1, 2]}',
+@pytest.mark.parametrize("line", [
+    '{"read": ["u", "2 abc", 1%s, 2]}' % ("0" * 30), '{"read": ["u\\ud800", "2 abc", 1, 2]}',
     '{"read": ["u", "2 abc", Infinity, 2]}', '{"read": ["u", "2 abc", true, 1.9]}', '{"read": [true, null, -5, "-7"]}',
     '{"read": ["u", "junk", 1, 2]}', '{"item": {"id": "", "user": "u", "text": "x"}}', "[1]", "\xff"])
 def test_no_junk_is_imported(line, tmp_path, capsys):
@@ -103,7 +104,8 @@ def test_an_import_keeps_the_turns_of_logs_apart(tmp_path, capsys):
     from comam_nb.store.items import MemoryItem
     paths = [str(tmp_path / f"{n}.db") for n in "ab"]
     for n, path in zip("ab", paths):
-        with MemoryStore(path) as store: store.add(MemoryItem(n, "ana", f"Said {n}.", "fine", [1]), [("ana", f"2 {n}", 1, 2)])
+        item, read = MemoryItem(n, "ana", f"Said {n}.", "fine", [1]), ("ana", f"2 {n}", 1, 2)
+        with MemoryStore(path) as store: store.add(item, [read])
     run(capsys, "memory", "export", paths[0], "--file", tmp_path / "out.jsonl")
     for _ in range(2): assert run(capsys, "memory", "import", paths[1], "--file", tmp_path / "out.jsonl")[0] == 0
     with MemoryStore(paths[1]) as store:

@@ -174,7 +174,8 @@ def test_a_file_from_before_there_was_a_status_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("settings, words", [(dict(budget=0), "budget is 0"), (dict(batch=True), "batch is True"),
-    (dict(fewest=9, budget=8), "above the budget"), (dict(level=1), "level is 1"), (dict(status="nwe"), "status is 'nwe'"), (dict(models=3), "there are 2")])
+    (dict(fewest=9, budget=8), "above the budget"), (dict(level=1), "level is 1"), (dict(models=3), "there are 2"),
+    (dict(status="nwe"), "status is 'nwe'")])
 def test_bad_settings(settings, words):
     with pytest.raises(MemCollabError, match=words): trial(bank_of(HELPS), TASKS, agents(), **settings)
 def test_unknown_states():

@@ -31,7 +31,8 @@ def _command(line:str, store, user:str)->bool: # whether to go on
     word, _, rest = line.partition(" ")
     if word == "/quit": return False
     if word == "/memory":
-        for i in store.items(user): print(f"  {printable(i.id, True)}  {i.granularity:6} {list(i.cites)} {printable(i.text, True)}")
+        for i in store.items(user):
+            print(f"  {printable(i.id, True)}  {i.granularity:6} {list(i.cites)} {printable(i.text, True)}")
     elif word == "/forget": print(f"  {store.forget(user, rest.split())} items are deleted")
     else: print(f"  {_HELP}")
     return True

@@ -362,7 +362,7 @@ class BankRows:
         states:Mapping[str,str], # id -> one of STATUSES
         note:str="",             # why
         trials:Mapping[str,list[dict]]|None=None, # id -> tries to be kept with the entry, in place of those it has
-        among:Collection[str]|None=None, # only entries that are there and have one of these now; None: all must be there
+        among:Collection[str]|None=None, # only entries that have one of these now; None: all, and all must be there
     )->int: # how many entries have changed
         "Say how far entries have come, as one new version; raises `MemCollabError` for an unknown id or status."
         with self.file.transaction(write=True) as db:

@@ -248,7 +248,8 @@ def _check_read(
     if not isinstance(row, (list, tuple)) or len(row) != 4: raise StoreError(f"read holds {row!r}: give four values")
     user, mark, first, turns = row
     for name, text in (("user", user), ("mark", mark)): _check_text(name, text, "read")
-    if not user or not re.fullmatch(r"\d{1,18} \w+", mark): raise StoreError(f"read holds the mark {mark!r} of {user!r}")
+    if not user or not re.fullmatch(r"\d{1,18} \w+", mark):
+        raise StoreError(f"read holds the mark {mark!r} of {user!r}")
     for x in (first, turns):
         if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x < 2**62:
             raise StoreError(f"read holds the turn number {x!r}: give a whole number")
