@@ -112,8 +112,8 @@ def test_every_stage_on_a_tiny_model(tiny, tmp_path):
     small.arms(0, ["vanilla", "oracle"])
     assert sum(small.distil(0).values()) == 0 # a model that knows nothing is never right: no pair, no lesson
     first = small.arms(0)
-    assert first.arms == ["vanilla", "oracle", "self", "other", "self_contrast", "memcollab", "no_category",
-                          "wrong_category", "placebo", "reworded"]
+    assert first.arms == ["vanilla", "oracle", "self", "other", "self_contrast", "memcollab", "memcollab_trial",
+                          "no_category", "wrong_category", "placebo", "reworded"]
     attempts = len(load_attempts(tmp_path / "run" / "seed0" / "test-0.jsonl"))
     again = small.arms(0)
     assert len(load_attempts(tmp_path / "run" / "seed0" / "test-0.jsonl")) == attempts
