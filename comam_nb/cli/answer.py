@@ -69,7 +69,7 @@ def _answer(args)->int:
     "`comam answer`: build the memory of a chat log and answer a question from it."
     from comam_nb.memory import Assistant
     from comam_nb.store.items import MemoryStore
-    fill_model_arguments(args)
+    fill_model_arguments(args, acting=True)
     if not args.query.strip(): raise CommandError("the query is empty")
     if args.options is not None and len(args.options) < 2:
         raise CommandError("--options needs at least two answers to choose from")

@@ -49,7 +49,7 @@ def _chat(args)->int: # exit code
     "`comam chat`."
     from comam_nb.runs.conversation import Conversation
     from comam_nb.store.items import MemoryStore
-    fill_model_arguments(args)
+    fill_model_arguments(args, acting=True)
     team = language_team(args, acting=True)
     if args.adapters and not team.trained: raise CommandError("--adapters goes with a model of your own")
     if args.adapters: team.load(args.adapters)

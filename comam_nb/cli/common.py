@@ -34,7 +34,7 @@ def add_model_arguments(
                    "(default: all)")
     p.add_argument("--prompts", choices=("instruct", "few-shot"), help="instruct: for models that follow instructions; "
                    "few-shot: worked examples without chat template, for base and very small models (default: "
-                   "instruct, or few-shot for a model without a chat template)")
+                   "instruct; where agents only act, few-shot for a model without a chat template)")
     p.set_defaults(model_defaults={**_MODEL_DEFAULTS, "max_new_tokens": max_new_tokens})
 
 def _is_endpoint(spec:str)->bool: return "://" in spec or spec.startswith("replay:")
@@ -53,6 +53,7 @@ def _without_template(spec:str)->bool:
 def fill_model_arguments(
     args:argparse.Namespace, # of a command with `add_model_arguments`
     unused:tuple[str, ...]=(), # arguments that reach nobody in the micro-world
+    acting:bool=False, # the agents only act: prompts may be chosen by what the model is
 )->None:
     "Fill in defaults. Raises `CommandError` for an argument that would reach nobody."
     tiny = getattr(args, "data", "") == "microworld" and getattr(args, "backbone", None) is None
@@ -67,7 +68,7 @@ def fill_model_arguments(
     if hasattr(args, "split") and not tiny and args.data != "microworld":
         for k, v in _SPLIT_DEFAULTS.items():
             if getattr(args, k) is None: setattr(args, k, v)
-    if args.prompts is None and args.backbone and _without_template(args.backbone):
+    if acting and args.prompts is None and args.backbone and _without_template(args.backbone):
         args.prompts = "few-shot"
         print(f"{args.backbone} has no chat template: its prompts are worked examples (--prompts few-shot)")
     for k, v in args.model_defaults.items():
