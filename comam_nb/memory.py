@@ -184,7 +184,7 @@ class Assistant:
     def _is_stale(self)->bool:
         fine, coarse = (self.store.items(self.user, g) for g in ("fine", "coarse"))
         newest = max((i.created for i in fine), default="")
-        return not coarse or newest > min(i.created for i in coarse)
+        return not (fine and coarse) or newest > min(i.created for i in coarse)
 
     def _act(self, name:str, states:list[State], batch_size:int=1)->list[Decision]:
         start, agent = time.perf_counter(), self.agents[name]

@@ -8,8 +8,7 @@
     python scripts/schools_in_words.py arms --seed 0 --model DIR --out runs/words   # all arms, but those that are there
     python scripts/schools_in_words.py table --model DIR --out runs/words
 
-DIR is a model directory, a .gguf file or a hub id (HuggingFaceTB/SmolLM2-135M-Instruct). A taught school's adapter may
-also be copied into OUT/a/weights/school_a (and b) from nbs/logs/schools_in_words/adapters.
+DIR is a model directory, a .gguf file or a hub id (HuggingFaceTB/SmolLM2-135M-Instruct).
 """
 import argparse, sys
 

@@ -389,6 +389,7 @@ def merge(
         kind, found = (c.category, c.subcategory, c.status == "quarantined"), _features(c)
         kept = buckets.setdefault(kind, [])
         for i, (other, theirs) in enumerate(kept):
+            if c.status not in (other.status, "new"): continue
             if found[1] == theirs[1] and len(found[0] & theirs[0]) >= threshold * len(found[0] | theirs[0]):
                 kept[i] = (absorb(other, c), theirs)
                 break

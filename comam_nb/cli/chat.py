@@ -26,6 +26,7 @@ def add_chat(
     p.add_argument("--user", default="user", help="whose memory (default user)")
     add_model_arguments(p, max_new_tokens=192)
 
+# %% ../../nbs/source/cli/06_chat.ipynb #22880655
 def _command(line:str, store, user:str)->bool: # whether to go on
     "A line that begins with a slash."
     word, _, rest = line.partition(" ")
@@ -37,6 +38,7 @@ def _command(line:str, store, user:str)->bool: # whether to go on
     else: print(f"  {_HELP}")
     return True
 
+# %% ../../nbs/source/cli/06_chat.ipynb #b95a6ff5
 def _lines(): # what the user types; a prompt on a terminal
     if hasattr(sys.stdin, "reconfigure"): sys.stdin.reconfigure(errors="replace")
     while True:
@@ -45,6 +47,7 @@ def _lines(): # what the user types; a prompt on a terminal
         if not line: return
         if line.strip(): yield line.strip()
 
+# %% ../../nbs/source/cli/06_chat.ipynb #7faaee26
 def _chat(args)->int: # exit code
     "`comam chat`."
     from comam_nb.runs.conversation import Conversation

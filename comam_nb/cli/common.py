@@ -17,6 +17,20 @@ if TYPE_CHECKING:
     from comam_nb.rl.team import Team
     from comam_nb.runs.splits import Split
 
+# %% ../../nbs/source/cli/01_common.ipynb #393d0247
+def _is_endpoint(spec:str)->bool: return "://" in spec or spec.startswith("replay:")
+
+def _without_template(spec:str)->bool:
+    "Whether a local model's files say that it has no chat template; nothing is loaded for it."
+    from pathlib import Path
+    folder = Path(spec)
+    if folder.suffix == ".gguf" and folder.is_file():
+        from gguf import GGUFReader
+        return "tokenizer.chat_template" not in GGUFReader(spec).fields
+    files = [folder / name for name in ("tokenizer_config.json", "chat_template.jinja", "chat_template.json")]
+    if not files[0].is_file(): return False # a hub id: unknown
+    return "chat_template" not in files[0].read_text(encoding="utf-8") and not any(f.is_file() for f in files[1:])
+
 # %% ../../nbs/source/cli/01_common.ipynb #4d3b634a
 _MODEL_DEFAULTS = {"rank": 16, "context": 0, "prompts": "instruct"} # filled in once it is known which were given
 
@@ -36,19 +50,6 @@ def add_model_arguments(
                    "few-shot: worked examples without chat template, for base and very small models (default: "
                    "instruct; where agents only act, few-shot for a model without a chat template)")
     p.set_defaults(model_defaults={**_MODEL_DEFAULTS, "max_new_tokens": max_new_tokens})
-
-def _is_endpoint(spec:str)->bool: return "://" in spec or spec.startswith("replay:")
-
-def _without_template(spec:str)->bool:
-    "Whether a local model's files say that it has no chat template; nothing is loaded for it."
-    from pathlib import Path
-    folder = Path(spec)
-    if folder.suffix == ".gguf" and folder.is_file():
-        from gguf import GGUFReader
-        return "tokenizer.chat_template" not in GGUFReader(spec).fields
-    files = [folder / name for name in ("tokenizer_config.json", "chat_template.jinja", "chat_template.json")]
-    if not files[0].is_file(): return False # a hub id: unknown
-    return "chat_template" not in files[0].read_text(encoding="utf-8") and not any(f.is_file() for f in files[1:])
 
 def fill_model_arguments(
     args:argparse.Namespace, # of a command with `add_model_arguments`

@@ -245,6 +245,8 @@ def _known(file:BankFile, db:sqlite3.Connection, id:str)->Constraint:
 def _close(db:sqlite3.Connection, id:str, version:int)->None:
     "From this version on an entry is gone."
     db.execute("UPDATE entries SET removed=? WHERE id=? AND removed IS NULL", (version, id))
+
+# %% ../../nbs/source/store/03_bank_file.ipynb #99da8a5a
 def _restate(
     db:sqlite3.Connection,      # inside a write transaction
     items:Sequence[Constraint], # entries as they shall be; the bank has their ids
@@ -286,6 +288,25 @@ def _checked(constraints:Constraint|Iterable[Constraint], check:bool)->list[Cons
             raise MemCollabError(f"refused {str(c)[:80]!r}: {reason}: "
                                  "mend the sentence, or pass check=False if you vouch for it")
     return items
+
+# %% ../../nbs/source/store/03_bank_file.ipynb #698c5307
+def _merge_near(
+    db:sqlite3.Connection, # inside a write transaction
+    threshold:float,       # similarity from which two are one
+    note:str,              # why
+)->int: # how many entries disappeared
+    "Merge near-duplicates of one subcategory and status, as one new version."
+    rows = db.execute(f"SELECT {_ENTRY} FROM entries WHERE removed IS NULL ORDER BY seq")
+    old = [_row_to_constraint(r) for r in rows]
+    kept = {c.id: c for s in STATUSES for c in merge([c for c in old if c.status == s], threshold)}
+    changed = [c for c in old if kept.get(c.id) != c]
+    if not changed: return 0
+    version = _new_version(db, "dedup", note)
+    for c in changed: _close(db, c.id, version)
+    for c in changed:
+        if c.id in kept: _insert(db, kept[c.id], version)
+    _repack(db, {(c.category, c.subcategory) for c in changed})
+    return len(old) - len(kept)
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #7e9d4cf6
 @dataclass(frozen=True)
@@ -375,18 +396,7 @@ class BankRows:
         return len(changed)
     def dedup(self, threshold:float=NEAR, note:str="")->int: # how many entries disappeared
         "Merge near-duplicates of one subcategory and status, as one new version."
-        with self.file.transaction(write=True) as db:
-            rows = db.execute(f"SELECT {_ENTRY} FROM entries WHERE removed IS NULL ORDER BY seq")
-            old = [_row_to_constraint(r) for r in rows]
-            kept = {c.id: c for s in STATUSES for c in merge([c for c in old if c.status == s], threshold)}
-            changed = [c for c in old if kept.get(c.id) != c]
-            if not changed: return 0
-            version = _new_version(db, "dedup", note)
-            for c in changed: _close(db, c.id, version)
-            for c in changed:
-                if c.id in kept: _insert(db, kept[c.id], version)
-            _repack(db, {(c.category, c.subcategory) for c in changed})
-        return len(old) - len(kept)
+        with self.file.transaction(write=True) as db: return _merge_near(db, threshold, note)
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #de70917a
 _AT = "added<=:v AND (removed IS NULL OR removed>:v)" # the rows of version v

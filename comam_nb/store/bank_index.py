@@ -187,8 +187,7 @@ class BankIndex:
         kind:tuple[str|None,str|None], # (category, subcategory), None: any
         p:int,                         # source samples
         K:int,                         # entries of each
-        how:str|Callable,              # "tfidf", "bm25", "embedding", "prompting" (TF-IDF, at least 12 samples),
-                                       # or a function (query, constraints) -> scores
+        how:str|Callable,              # a name; of "prompting", TF-IDF's 12 samples; or (query, constraints) -> scores
         model:str|None=None,           # only entries in whose pairs this model took part
         exclude:str|Iterable[str]=(),  # task hashes; entries that rest on one of them do not compete
         status:str|Iterable[str]="active", # one or several of STATUSES; entries of others do not compete

@@ -224,6 +224,29 @@ def _blobs_to_vectors(
                          "re-embed with MemoryStore(path, embedder, reindex=True)")
     return np.frombuffer(b"".join(blobs), "<f4").reshape(-1, dim).astype(np.float32)
 
+# %% ../../nbs/source/store/01_items.ipynb #2f922dbb
+def _check_read(
+    row:object, # what `MemoryStore.add` was given as something read
+)->tuple[str,str,int,int]: # the same
+    "Raise `StoreError` unless it is a user, a number with a hash, and two turn numbers."
+    if not isinstance(row, (list, tuple)) or len(row) != 4: raise StoreError(f"read holds {row!r}: give four values")
+    user, mark, first, turns = row
+    for name, text in (("user", user), ("mark", mark)): _check_text(name, text, "read")
+    if not user or not re.fullmatch(r"\d{1,18} \w+", mark):
+        raise StoreError(f"read holds the mark {mark!r} of {user!r}")
+    for x in (first, turns):
+        if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x < 2**62:
+            raise StoreError(f"read holds the turn number {x!r}: give a whole number")
+    return user, mark, first, turns
+def _read_sessions(
+    file:_StoreFile,
+    user:str,
+)->dict[str,tuple[int,int]]: # mark -> (first turn, number of turns)
+    "What was read of a user."
+    _check_text("user", user, "sessions")
+    sql = "SELECT mark, first, turns FROM sessions WHERE user=? ORDER BY first"
+    with file.session() as db: return {mark: (first, n) for mark, first, n in db.execute(sql, (user,))}
+
 # %% ../../nbs/source/store/01_items.ipynb #73b2bfee
 def _insert_item(
     db:sqlite3.Connection, # inside a write transaction
@@ -241,19 +264,6 @@ def _insert_item(
     values = id, item.user, item.text, item.granularity, json.dumps(item.cites), item.created or now, item.by
     db.execute(f"INSERT INTO items({_COLUMNS}, vector) VALUES(?,?,?,?,?,?,?,?)", (*values, _to_blob(vector)))
     return id
-def _check_read(
-    row:object, # what `MemoryStore.add` was given as something read
-)->tuple[str,str,int,int]: # the same
-    "Raise `StoreError` unless it is a user, a number with a hash, and two turn numbers."
-    if not isinstance(row, (list, tuple)) or len(row) != 4: raise StoreError(f"read holds {row!r}: give four values")
-    user, mark, first, turns = row
-    for name, text in (("user", user), ("mark", mark)): _check_text(name, text, "read")
-    if not user or not re.fullmatch(r"\d{1,18} \w+", mark):
-        raise StoreError(f"read holds the mark {mark!r} of {user!r}")
-    for x in (first, turns):
-        if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x < 2**62:
-            raise StoreError(f"read holds the turn number {x!r}: give a whole number")
-    return user, mark, first, turns
 def _add_items(
     file:_StoreFile,
     items:MemoryItem|Iterable[MemoryItem],
@@ -383,10 +393,7 @@ class MemoryStore:
         return _add_items(self.file, items, read)
     def sessions(self, user:str)->dict[str,tuple[int,int]]: # hash -> (first turn, number of turns)
         "Which sessions of a user were read; what was forgotten item by item is not read again."
-        _check_text("user", user, "sessions")
-        with self.file.session() as db:
-            rows = db.execute("SELECT mark, first, turns FROM sessions WHERE user=? ORDER BY first", (user,)).fetchall()
-        return {mark: (first, turns) for mark, first, turns in rows}
+        return _read_sessions(self.file, user)
     def items(self, user:str, granularity:str|None=None)->list[MemoryItem]: # in the order of insertion
         "All items of one user, 'fine', 'coarse' or both (None); an unknown user has none."
         _check_text("user", user, "items")
@@ -421,8 +428,12 @@ class MemoryStore:
         what = "closed" if self.file.closed else f"{len(self)} items of {len(self.users())} users"
         return f"MemoryStore({self.path!r}, {self.embedder.name}, {what})"
     def _repr_html_(self):
-        if self.file.closed: return html.escape(repr(self))
-        cells = [(html.escape(u), *(len(self.items(u, g)) for g in _GRANULARITIES)) for u in self.users()]
-        rows = "".join(f"<tr><td>{u}</td><td>{f}</td><td>{c}</td></tr>" for u, f, c in cells)
-        head = "<tr><th>user</th><th>fine</th><th>coarse</th></tr>"
-        return f"<p>{html.escape(repr(self))}</p><table>{head}{rows}</table>"
+        return html.escape(repr(self)) if self.file.closed else _store_page(self)
+
+# %% ../../nbs/source/store/01_items.ipynb #cd6b8221
+def _store_page(store:MemoryStore)->str: # HTML
+    "How much is stored about whom."
+    cells = [(html.escape(u), *(len(store.items(u, g)) for g in _GRANULARITIES)) for u in store.users()]
+    rows = "".join(f"<tr><td>{u}</td><td>{f}</td><td>{c}</td></tr>" for u, f, c in cells)
+    head = "<tr><th>user</th><th>fine</th><th>coarse</th></tr>"
+    return f"<p>{html.escape(repr(store))}</p><table>{head}{rows}</table>"

@@ -402,14 +402,19 @@ class Bucket:
         status:Collection[str], # that are wanted
     )->np.ndarray|None: # bool [n], or None: all fit
         "Which entries may compete."
-        unwanted = [s for s in self.statuses.names.tolist() if s not in status]
-        known = [t for t, i in zip(barred, self.tasks.names.where(list(barred))) if i is not None]
-        if model is None and not known and not unwanted: return None
-        out = np.full(self.n, model is None)
-        if model is not None: out[self.models.of(model)] = True
-        for t in known: out[self.tasks.of(t)] = False
-        for s in unwanted: out[self.statuses.of(s)] = False
-        return out
+        return _fits(self, model, barred, status)
+
+# %% ../../nbs/source/store/02_lexical.ipynb #0a3d3b46
+def _fits(bucket:Bucket, model:str|None, barred:set[str], status:Collection[str])->np.ndarray|None: # as `Bucket.fits`
+    "Which entries may compete; None if all of them may."
+    unwanted = [s for s in bucket.statuses.names.tolist() if s not in status]
+    known = [t for t, i in zip(barred, bucket.tasks.names.where(list(barred))) if i is not None]
+    if model is None and not known and not unwanted: return None
+    out = np.full(bucket.n, model is None)
+    if model is not None: out[bucket.models.of(model)] = True
+    for t in known: out[bucket.tasks.of(t)] = False
+    for s in unwanted: out[bucket.statuses.of(s)] = False
+    return out
 
 # %% ../../nbs/source/store/02_lexical.ipynb #b40f0b49
 _CUT = 4 # how `terms` cuts and what samples are: in the checksum, so that what was stored otherwise is made again

@@ -192,7 +192,7 @@ class WordSchools:
     def distil(self, seed:int=0)->dict[str, int]: # true, false or unclear -> lessons
         "Attempts at the training tasks, and the lessons of their contrast (stage 2)."
         solvers, (train, _) = self.solvers(), self._tasks(seed)
-        folder, settings = self._settings(seed, solvers)
+        folder, settings = _settings(self, seed, solvers)
         training = make_training(train, reseed(solvers, seed), folder, **settings)
         return _write_lessons(training, folder / "lessons.jsonl", self.say)
 
@@ -202,7 +202,7 @@ class WordSchools:
     )->Results:
         "Arms on held-out tasks, both pupils as solvers (stage 3); what is solved is not solved again."
         solvers, (train, test) = self.solvers(), self._tasks(seed)
-        folder, settings = self._settings(seed, solvers)
+        folder, settings = _settings(self, seed, solvers)
         results = run_arms(train, test, solvers, [_ARMS[name] for name in only or _ARMS], path=folder, **settings)
         results.save(folder / "results.json")
         self.say(f"{results!r}")
@@ -214,8 +214,10 @@ class WordSchools:
 
     def _tasks(self, seed): return word_tasks(self.train, seed, "memory"), word_tasks(self.test, seed)
 
-    def _settings(self, seed, solvers):
-        folder, teacher = Path(self.out) / f"seed{seed}", solvers[-1].chat
-        folder.mkdir(parents=True, exist_ok=True)
-        ask = lambda pairs: distill(pairs, teacher, K=1, path=folder / "distilled.jsonl", max_tokens=64, batch=16)
-        return folder, dict(distiller=ask, seed=seed, p=self.p, K=1, running=dict(progress=False))
+# %% ../../nbs/source/studies/08_schools_in_words.ipynb #72476007
+def _settings(run:WordSchools, seed:int, solvers:Sequence[Solver])->tuple[Path, dict[str, Any]]:
+    "A seed's folder, and settings of `make_training` and `run_arms`."
+    folder, teacher = Path(run.out) / f"seed{seed}", solvers[-1].chat
+    folder.mkdir(parents=True, exist_ok=True)
+    ask = lambda pairs: distill(pairs, teacher, K=1, path=folder / "distilled.jsonl", max_tokens=64, batch=16)
+    return folder, dict(distiller=ask, seed=seed, p=run.p, K=1, running=dict(progress=False))
