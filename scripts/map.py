@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WIDTH, GAP, LINE, TOP = 1080, 26, 15, 62  # pixels: of the picture, between rows, of a line of text, above the first row
 CHAPTERS = {"data": 1, "policy": 2, "grpo": 3, "agents": 4, "mdp": 5, "rewards": 6, "credit": 7, "training": 8,
             "microworld": 9, "memory": 10, "memcollab": "11 to 14"}
-ROWS = [["base"], ["data"], ["lm"], ["checks", "readers", "store"],
+ROWS = [["base", "exercises"], ["data"], ["lm"], ["checks", "readers", "store"],
         ["policy", "grpo", "agents", "mdp", "rewards", "credit"], ["rl", "training", "microworld", "memory"],
         ["memcollab"], ["worlds", "systems"], ["runs", "studies"], ["cli"]]  # lowest first
 

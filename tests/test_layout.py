@@ -16,7 +16,7 @@ PACKAGE = ROOT / "comam_nb"
 
 # The floors of the house, lowest first: modules, or folders of modules. No floor imports a higher one.
 FLOORS = [
-    "base", "data", "lm", "checks", "readers", "store",
+    "base", "exercises", "data", "lm", "checks", "readers", "store",
     "policy", "grpo", "agents", "mdp", "rewards", "credit", "rl", "training", "microworld", "memory",
     "memcollab", "worlds", "systems", "runs", "studies", "cli",
 ]
@@ -25,7 +25,8 @@ MOST_CHARACTERS = 120
 
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if not p.name.startswith("_") or p.name == "__main__.py")
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-SOURCES = [p for p in NOTEBOOKS if p.parent.name != "walkthroughs" and p.name != "index.ipynb"]
+SOURCES = [p for p in NOTEBOOKS if p.parent.name not in ("walkthroughs", "solutions")
+           and p.name != "index.ipynb"]
 
 def name(path):
     return path.relative_to(ROOT).as_posix()
