@@ -77,10 +77,17 @@ def _marked(asked:_Exercise, answer:Any)->_Mark:
     case, x, y = next(both for both in zip(asked.cases, given, right) if not _same(both[1], both[2], asked.near))
     return _Mark(False, f"On {_shown(case)} it gives {x}; it should give {y}.")
 
-# %% ../nbs/source/base/10_exercises.ipynb #e7f30db0
+# %% ../nbs/source/base/10_exercises.ipynb #f574be06
 _EXERCISES: dict[str, _Exercise] = {}
 _mean: Callable[[Sequence[float]], float] = lambda r: sum(r) / len(r)
 
+# %% ../nbs/source/base/10_exercises.ipynb #d8edf758
+_EXERCISES |= {} # chapter 1
+
+# %% ../nbs/source/base/10_exercises.ipynb #3f71508f
+_EXERCISES |= {} # chapter 2
+
+# %% ../nbs/source/base/10_exercises.ipynb #2d685c73
 _EXERCISES |= {
     "3.1": _Exercise(
         [0.75, -0.25, -0.25, -0.25],
@@ -108,3 +115,36 @@ _EXERCISES |= {
          ("c", "min(.5, .8) times a positive advantage is the unclipped one: it has become rarer and is still wanted, "
           "so the gradient must bring it back."),
          ("d", "With a negative advantage and a ratio above 1 the larger loss is the unclipped one: it goes on.")))}
+
+# %% ../nbs/source/base/10_exercises.ipynb #857a38ce
+_EXERCISES |= {} # chapter 4
+
+# %% ../nbs/source/base/10_exercises.ipynb #100336be
+_EXERCISES |= {} # chapter 5
+
+# %% ../nbs/source/base/10_exercises.ipynb #44c6e133
+_EXERCISES |= {} # chapter 6
+
+# %% ../nbs/source/base/10_exercises.ipynb #e00ba045
+_EXERCISES |= {} # chapter 7
+
+# %% ../nbs/source/base/10_exercises.ipynb #dfac479e
+_EXERCISES |= {} # chapter 8
+
+# %% ../nbs/source/base/10_exercises.ipynb #0777a215
+_EXERCISES |= {} # chapter 9
+
+# %% ../nbs/source/base/10_exercises.ipynb #0988a886
+_EXERCISES |= {} # chapter 10
+
+# %% ../nbs/source/base/10_exercises.ipynb #93a0b4e2
+_EXERCISES |= {} # chapter 11
+
+# %% ../nbs/source/base/10_exercises.ipynb #fea60b78
+_EXERCISES |= {} # chapter 12
+
+# %% ../nbs/source/base/10_exercises.ipynb #3b5e0b4e
+_EXERCISES |= {} # chapter 13
+
+# %% ../nbs/source/base/10_exercises.ipynb #392d4164
+_EXERCISES |= {} # chapter 14
