@@ -6,9 +6,10 @@
 __all__ = ['exercise']
 
 # %% ../nbs/source/base/10_exercises.ipynb #ff227c06
-import math
+import math, textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from .base.errors import DataError
@@ -33,8 +34,9 @@ class _Mark:
         return f"{ {True: 'Right.', False: 'Not yet.', None: 'No answer yet.'}[self.right]} {self.why}"
 
 # %% ../nbs/source/base/10_exercises.ipynb #5c69204c
-def _plain(value:Any)->Any: # tensors and arrays as lists, tuples as lists, text without case
+def _plain(value:Any)->Any: # arrays, sets and tuples as lists, text without case
     if hasattr(value, "tolist"): value = value.tolist()
+    if isinstance(value, (set, frozenset)): value = sorted(value)
     if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
     return value.strip().casefold() if isinstance(value, str) else value
 
@@ -64,7 +66,7 @@ def exercise(
         except Exception as e: return _Mark(False, f"On {_shown(case)} it raises {type(e).__name__}: {e}")
     return _marked(asked, answer)
 
-def _shown(case:tuple)->str: return ", ".join(str(_plain(x)) for x in case)
+def _shown(case:tuple)->str: return textwrap.shorten(", ".join(str(_plain(x)) for x in case), 80)
 
 # %% ../nbs/source/base/10_exercises.ipynb #9e8eaafa
 def _marked(asked:_Exercise, answer:Any)->_Mark:
@@ -123,7 +125,38 @@ _EXERCISES |= {} # chapter 4
 _EXERCISES |= {} # chapter 5
 
 # %% ../nbs/source/base/10_exercises.ipynb #44c6e133
-_EXERCISES |= {} # chapter 6
+_latest: Callable[[Any, Any], set] = lambda items, turns: {max(set(i.cites) & {m.turn for m in turns}) for i in items
+                                                           if set(i.cites) & {m.turn for m in turns}}
+_ITEMS = [SimpleNamespace(cites=c) for c in ((3, 7), (1,), (), (5, 99))]
+_TURNS = [SimpleNamespace(turn=n) for n in range(1, 9)]
+
+_EXERCISES |= {
+    "6.1": _Exercise(
+        0.8 + 0.2 * 2 / 3, "Coverage 1, Jaccard index 2/3: .8 + .2 * 2/3 = .933. One turn too many costs little.",
+        ((0.2 + 0.8 * 2 / 3, "You took the weights of Eq. 11. Extraction has alpha = .8 on coverage."),
+         (2 / 3, "That is the Jaccard index alone. Coverage counts .8 of the reward."),
+         (1, "Coverage is 1, but turn 8 is no evidence: the union has three turns."))),
+    "6.2": _Exercise(
+        lambda found, gold: 2 * len(found & gold) / (len(found) + len(gold)) if found or gold else 1.0,
+        "Both ways to fail count alike in F1; Eq. 9 and 11 say with one weight which way is worse.",
+        ((lambda found, gold: len(found & gold) / len(found | gold) if found or gold else 1.0,
+          "That is the Jaccard index: divide twice the intersection by the sum of both sizes, not by the union."),
+         (lambda found, gold: len(found & gold) / len(gold) if gold else 1.0,
+          "That is coverage alone: turns too many cost nothing.")),
+        (({3, 7}, {3, 7}), ({1, 3, 5, 7}, {3, 7}), ({1, 3}, {3, 7}), (set(), {3}), (set(), set()))),
+    "6.3": _Exercise(
+        "c", "Local rewards compare turns, and the turn is right. Only the answer tells.",
+        (("a", "The line cites turn 7, which is evidence: Eq. 9 looks at turns, not at what is said of them."),
+         ("b", "What was brought back cites the evidence and nothing else, so Eq. 11 pays 1."),
+         ("d", "The right answer is tea: Eq. 12 compares with it."))),
+    "6.4": _Exercise(
+        _latest, "None of Ana's four loses here, because each of their items cites one turn; an item that cites "
+        "both 3 and 7 would lose turn 3, and with it half of the evidence.",
+        ((lambda items, turns: {max(i.cites) for i in items if i.cites},
+          "A cited turn must exist: turn 99 is in no history. Keep only the numbers of `turns`."),
+         (lambda items, turns: {max(c for i in items for c in i.cites if c <= 8)} if items else set(),
+          "The latest turn of *each* item is asked for, not the latest of all.")),
+        ((_ITEMS, _TURNS), (_ITEMS[:1], _TURNS), ([], _TURNS)))}
 
 # %% ../nbs/source/base/10_exercises.ipynb #e00ba045
 _EXERCISES |= {} # chapter 7
