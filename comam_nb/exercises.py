@@ -159,7 +159,34 @@ _EXERCISES |= {
         ((_ITEMS, _TURNS), (_ITEMS[:1], _TURNS), ([], _TURNS)))}
 
 # %% ../nbs/source/base/10_exercises.ipynb #e00ba045
-_EXERCISES |= {} # chapter 7
+def _difference(local, glob, clamp=True, share=True): # mean local reward where right minus where wrong, shared
+    right, wrong = ([i for i, g in enumerate(glob) if bool(g) is side] for side in (True, False))
+    if not right or not wrong: return [1 / len(local)] * len(local)
+    d = [_mean([r[i] for i in right]) - _mean([r[i] for i in wrong]) for r in local]
+    if clamp: d = [max(x, 0) for x in d]
+    if not share: return d
+    return [x / sum(d) for x in d] if sum(d) else [1 / len(d)] * len(d)
+
+_ANA = [[1, .9, 7 / 15, 0], [.9, .6, .3, 0], [.5, 1, .5, 0]] # local rewards of the four rollouts
+
+_EXERCISES |= {
+    "7.1": _Exercise(
+        1.5 / 1.63093, "The right answers stand in places 1 and 3: (1 + .5) / 1.631 = .920.",
+        ((1.5, "That is the DCG. Divide by that of the ideal ranking."),
+         (0.5, "Half of the first two places are right, but NDCG counts all places, each by its discount."),
+         (0.75, "You divided by the number of right answers. Divide by the ideal DCG, 1 + .631."))),
+    "7.2": _Exercise(
+        "b", "With all orders equally likely each place has a right answer half of the time: "
+        ".5 * (1 + .631 + .5 + .431) / 1.631 = .785. No knowledge, and still most of the score.",
+        (("a", "It collects whatever the order of a lot collects, and that is never nothing."),
+         ("c", "Only a ranking with the right answers on top has 1. A tie is an average over all orders."))),
+    "7.3": _Exercise(
+        _difference, "It needs no ranking, and it is 0 for an agent that was paid alike in both cases. "
+        "Unlike Eq. 14 it can give everything to one agent.",
+        ((lambda l, g: _difference(l, g, share=False), "The weights must sum to 1: divide by their sum."),
+         (lambda l, g: _difference(l, g, clamp=False),
+          "An agent that was paid better where the answer was wrong gets a negative share: stop at 0.")),
+        ((_ANA, [1, 1, 0, 0]), ([[0, 1], [1, 0]], [1, 0]), ([[.2, .9], [.5, .5]], [1, 1]), ([[0, 1], [0, 1]], [1, 0])))}
 
 # %% ../nbs/source/base/10_exercises.ipynb #dfac479e
 _EXERCISES |= {} # chapter 8
