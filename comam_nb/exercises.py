@@ -192,7 +192,24 @@ _EXERCISES |= {
 _EXERCISES |= {} # chapter 8
 
 # %% ../nbs/source/base/10_exercises.ipynb #0777a215
-_EXERCISES |= {} # chapter 9
+def _by_replacement(as_is, without, clamp=True, share=True):
+    gains = [x - as_is for x in without]
+    if clamp: gains = [max(g, 0) for g in gains]
+    if not share: return gains
+    return [g / sum(gains) for g in gains] if sum(gains) else [1 / len(gains)] * len(gains)
+
+_EXERCISES |= {
+    "9.1": _Exercise(
+        0.75 * 4 / 5 + 0.25 * 3 / 5, "Four of five facts can be kept, the kinds of three: .75 * .8 + .25 * .6 = .75.",
+        ((0.8, "That is right for questions about facts. A quarter asks for kinds, of which three can be kept."),
+         (0.75 + 0.25 * 3 / 4, "That is the case of four subjects, above. Now there are five and still four lines."),
+         (0.75 * 3 / 5 + 0.25 * 4 / 5, "You exchanged the budgets: four lines of facts, three kinds."))),
+    "9.2": _Exercise(
+        _by_replacement, "It asks what each agent's mistakes cost. It needs an agent without mistakes, which only a world "
+        "like this one has; and gains do not add up where two agents fail together.",
+        ((lambda a, w: _by_replacement(a, w, share=False), "These are the gains. Divide them by their sum."),
+         (lambda a, w: _by_replacement(a, w, clamp=False), "A replacement that lowers the accuracy has a share of 0.")),
+        ((0.5, [0.75, 0.5, 0.75]), (0.5, [0.5, 0.25, 0.75]), (0.9, [0.9, 0.9, 0.9])))}
 
 # %% ../nbs/source/base/10_exercises.ipynb #0988a886
 _EXERCISES |= {} # chapter 10
