@@ -95,11 +95,13 @@ def language_team(
     prompts = PROMPTS[args.prompts]
     each:dict[str, Any] = {n: dict(max_new_tokens=args.max_new_tokens, **kw) for n, kw in prompts.items()}
     if _is_endpoint(args.backbone):
+        from comam_nb.lm.endpoints import without_login
         from comam_nb.lm.recorded import open_chat
         if not acting:
-            raise CommandError(f"--backbone {args.backbone}: a model behind an endpoint cannot be trained: name a "
+            raise CommandError(f"--backbone {without_login(args.backbone)}: a model behind an endpoint cannot be trained: name a "
                                "model directory, a .gguf file or a hub id")
         return make_team(dict.fromkeys(AGENTS, open_chat(args.backbone)), **each)
+    if acting: print(f"loading {args.backbone}", flush=True)
     def load():
         chat = args.prompts == "instruct"
         model = load_backbone(args.backbone, adapters=None, dtype=args.dtype, device=args.device, chat=chat,
