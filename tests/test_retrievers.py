@@ -22,7 +22,8 @@ def shown(tmp_path_factory):
 def test_a_memory_in_a_chain_of_langchain(shown):
     from langchain_core.runnables import RunnableLambda
     memory = shown["MemoryRetriever"](store=shown["store"], user="ana", k=1)
-    chain = memory | RunnableLambda(lambda docs: [(d.page_content, d.metadata["user"], d.metadata["date"]) for d in docs])
+    tell = lambda docs: [(d.page_content, d.metadata["user"], d.metadata["date"]) for d in docs]
+    chain = memory | RunnableLambda(tell)
     told = [("Favourite drink is tea.", "ana", "2026-01-12T09:00:00+00:00")]
     assert chain.invoke("drink?") == told == asyncio.run(chain.ainvoke("drink?")) # another thread asks the store
     assert shown["MemoryRetriever"](store=shown["store"], user="eve").invoke("drink?") == []
@@ -32,15 +33,18 @@ def test_both_frameworks_find_what_the_store_and_the_bank_find(shown):
     store, bank = shown["store"], shown["bank"]
     hits, lessons = store.search("cat", "ana"), bank.retrieve("percent", status=("active", "retired"))
     assert len(hits) == 2 and len(lessons) == 2
-    docs, nodes = shown["MemoryRetriever"](store=store, user="ana").invoke("cat"), shown["MemoryNodes"](store, "ana").retrieve("cat")
+    docs = shown["MemoryRetriever"](store=store, user="ana").invoke("cat")
+    nodes = shown["MemoryNodes"](store, "ana").retrieve("cat")
     assert [(h.item.text, h.score) for h in hits] == [(d.page_content, d.metadata["score"]) for d in docs]
     assert [(h.item.text, h.score) for h in hits] == [(n.text, n.score) for n in nodes]
     ask = dict(status=("active", "retired"))
-    docs, nodes = shown["BankRetriever"](bank=bank, settings=ask).invoke("percent"), shown["BankNodes"](bank, **ask).retrieve("percent")
+    docs = shown["BankRetriever"](bank=bank, settings=ask).invoke("percent")
+    nodes = shown["BankNodes"](bank, **ask).retrieve("percent")
     assert [str(h.constraint) for h in lessons] == [d.page_content for d in docs] == [n.text for n in nodes]
     assert [d.metadata["status"] for d in docs] == ["active", "retired"] == [n.metadata["status"] for n in nodes]
 
 def test_our_errors_come_through(shown):
     from comam_nb.base.errors import MemCollabError
-    with pytest.raises(MemCollabError, match="p"): shown["BankRetriever"](bank=shown["bank"], settings=dict(p=0)).invoke("x")
-    with pytest.raises(MemCollabError, match="p"): shown["BankNodes"](shown["bank"], p=0).retrieve("x")
+    lang, llama = shown["BankRetriever"](bank=shown["bank"], settings=dict(p=0)), shown["BankNodes"](shown["bank"], p=0)
+    for ask in (lang.invoke, llama.retrieve):
+        with pytest.raises(MemCollabError, match="p is 0"): ask("x")

@@ -73,8 +73,6 @@ def _check_memory(args)->None:
 
 def _answer(args)->int:
     "`comam answer`: build the memory of a chat log and answer a question from it."
-    from comam_nb.memory import Assistant
-    from comam_nb.store.items import MemoryStore
     fill_model_arguments(args, acting=True)
     if not args.query.strip(): raise CommandError("the query is empty")
     if args.options is not None and len(args.options) < 2:
@@ -82,7 +80,9 @@ def _answer(args)->int:
     if args.batch_size < 1: raise CommandError(f"--batch-size must be at least 1, not {args.batch_size}")
     if args.history is None: _check_memory(args)
     history = history_for(args.history, args.user) if args.history else ()
-    team = language_team(args, acting=True)
+    team = language_team(args, acting=True) # says that it loads; only then what takes seconds to import
+    from comam_nb.memory import Assistant
+    from comam_nb.store.items import MemoryStore
     print(team["retrieval"].policy, flush=True)
     if args.adapters and team.trained: team.load(args.adapters)
     elif args.adapters: raise CommandError("--adapters goes with a model of your own, not with an endpoint")

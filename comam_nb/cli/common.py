@@ -87,6 +87,7 @@ def language_team(
     acting:bool=False, # the agents only act: an endpoint will do
 )->"Team":
     "Three agents on --backbone, with the prompts that --prompts names. Raises `CommandError` for an endpoint to train."
+    if acting and not _is_endpoint(args.backbone): print(f"loading {args.backbone}", flush=True) # PyTorch, too
     from dataclasses import replace
     from comam_nb.agents import PROMPTS
     from comam_nb.lm.backbone import load_backbone
@@ -101,7 +102,6 @@ def language_team(
             raise CommandError(f"--backbone {without_login(args.backbone)}: a model behind an endpoint cannot be trained: name a "
                                "model directory, a .gguf file or a hub id")
         return make_team(dict.fromkeys(AGENTS, open_chat(args.backbone)), **each)
-    if acting: print(f"loading {args.backbone}", flush=True)
     def load():
         chat = args.prompts == "instruct"
         model = load_backbone(args.backbone, adapters=None, dtype=args.dtype, device=args.device, chat=chat,
