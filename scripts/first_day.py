@@ -52,6 +52,7 @@ class Day:
         if child.exitstatus: sys.exit(f"{argv[0]} ended with {child.exitstatus}")
         return "\n".join(text)
     def talk(self, said: list[str]):
+        import pexpect
         child = self.start(TALK)
         child.expect("\r\n") # it says that it loads
         first = self.since()
@@ -65,7 +66,7 @@ class Day:
             child.expect("\r\n> ")
             self.note(*screen("> " + child.before), f"# {self.since():.1f} s")
         child.sendline("/quit")
-        child.close()
+        child.expect(pexpect.EOF)
         self.note("> /quit", "")
 
 def main():

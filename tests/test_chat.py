@@ -284,7 +284,8 @@ def test_what_is_no_server_for_this_is_named_with_its_port(server, mood, scheme,
     assert f"m at 127.0.0.1:{server.server_port}: " in str(e.value) and "\n" not in str(e.value)
     assert "geheim77" not in str(e.value) and "sk-secret" not in str(e.value)
 
-@pytest.mark.parametrize("spec", ["http://ana:geheim77@a:1/v1", "ftp://ana:geheim77@a/v1#m", "http://ana:geheim77@a:x/v1#m",
+@pytest.mark.parametrize("spec", ["http://ana:geheim77@a:1/v1", "ftp://ana:geheim77@a/v1#m",
+    "http://ana:geheim77@a:x/v1#m",
     "http://ana:geheim77@a/v1,http://ana:geheim77@a/v1#m", "http://ana:geheim77@a/v1#m?loud"])
 def test_an_address_that_is_refused_is_shown_without_its_login(spec):
     with pytest.raises(MemCollabError) as e: open_chat(spec)

@@ -157,7 +157,8 @@ def once(monkeypatch):
     "answer --history {d}/log.jsonl --query cat? --backbone {m}", "chat --backbone {m}",
     "eval --system rag --data chat:{d}/q.jsonl --out {d}/eval --backbone {m}",
     "build --bank {d}/new.db --tasks {d}/tasks.jsonl --weak plain:{m} --strong cot:{m}",
-    "solve --bank {d}/bank.db --tasks {d}/tasks.jsonl --agent {m}", "solve --bank {d}/bank.db --prompt 2+3? --agent {m}",
+    "solve --bank {d}/bank.db --tasks {d}/tasks.jsonl --agent {m}",
+    "solve --bank {d}/bank.db --prompt 2+3? --agent {m}",
     "eval --bank {d}/bank.db --tasks {d}/tasks.jsonl --agent {m}"])
 def test_every_command_names_the_endpoint_that_is_down(command, place, once, capsys, monkeypatch):
     from comam_nb.cli.memcollab import main as memcollab

@@ -123,7 +123,7 @@ def test_lessons_are_made_and_used(real, server, tmp_path):
 
 
 def test_what_a_server_lacks_is_said_and_survived(real, tmp_path):
-    if not hasattr(real, "no_system"): pytest.skip("llama.cpp moves a system message by itself, and answers to any name")
+    if not hasattr(real, "no_system"): pytest.skip("llama.cpp moves a system message itself, and answers to any name")
     talk = ["comam", "chat", "--backbone", real.no_system, "--max-new-tokens", "8"]
     code, out, err = run(*talk, said="Hello.\nBye.\n")
     assert code == 0 and "no reply" not in out and err.count("takes no system message") == 1, (out, err)

@@ -142,7 +142,8 @@ def _settings(text, spec)->dict[str, Any]:
         except ValueError: return v
     try: return {k: value(v) for k, v in parse_qsl(text, keep_blank_values=True, strict_parsing=True)}
     except ValueError:
-        raise MemCollabError(f"{without_login(spec)}: {text!r} is no list of settings: write NAME=VALUE, & between several") from None
+        raise MemCollabError(f"{without_login(spec)}: {text!r} is no list of settings: write NAME=VALUE, & between "
+                             "several") from None
 
 # %% ../../nbs/source/lm/08_recorded.ipynb #800c3536
 def open_chat(
@@ -158,7 +159,8 @@ def open_chat(
     if "://" in head:
         addresses = [a.strip() for a in head.split(",")]
         for a in addresses: _check_address(a)
-        if not model: raise MemCollabError(f"{(h := without_login(head))}: which model? Write its name behind a #, as in {h}#qwen2.5-7b")
+        shown = without_login(head)
+        if not model: raise MemCollabError(f"{shown}: which model? Write its name behind a #, as in {shown}#qwen2.5-7b")
         own = {k: v for k, v in options.items() if k not in ("batch_size", "top_p", "name")}
         own["extra"] = {**(own.get("extra") or {}), **settings}
         endpoints = [EndpointChat(a, model, **own) for a in addresses]
