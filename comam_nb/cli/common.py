@@ -99,8 +99,8 @@ def language_team(
         from comam_nb.lm.endpoints import without_login
         from comam_nb.lm.recorded import open_chat
         if not acting:
-            raise CommandError(f"--backbone {without_login(args.backbone)}: a model behind an endpoint cannot be trained: "
-                               "name a model directory, a .gguf file or a hub id")
+            raise CommandError(f"--backbone {without_login(args.backbone)}: a model behind an endpoint cannot be "
+                               "trained: name a model directory, a .gguf file or a hub id")
         return make_team(dict.fromkeys(AGENTS, open_chat(args.backbone)), **each)
     def load():
         chat = args.prompts == "instruct"
