@@ -79,7 +79,7 @@ def run(*argv, said=None):
     "An installed command, as in a shell: (status, out, err)."
     found = shutil.which(argv[0], path=Path(sys.executable).parent) or shutil.which(argv[0])
     if not found: pytest.skip(f"the command {argv[0]} is not installed: pip install -e .")
-    p = subprocess.run([found, *map(str, argv[1:])], input=said, capture_output=True, text=True, timeout=280)
+    p = subprocess.run([found, *map(str, argv[1:])], input=said, capture_output=True, text=True, timeout=900)
     print(f"$ {' '.join(map(str, argv))}\n{said or ''}{p.stdout}{p.stderr}")
     return p.returncode, p.stdout, p.stderr
 
