@@ -183,6 +183,24 @@ def test_a_server_without_a_system_role_gets_the_text_in_the_first_message(serve
     assert len(server.log) == 3 and last_body(server)["messages"] == ask("Be brief.\n\nhello")
     assert talk[0]["role"] == "system" # the caller's own list is not changed
 
+def test_a_wordless_500_is_worth_one_request_without_a_system_message(server):
+    "transformers serve, when a template fails; it says no more when it breaks otherwise."
+    def serve(h):
+        if last(h)["messages"][0]["role"] == "system": return h.send(500, b"Internal Server Error", "text/plain")
+        h.send(200, completion("well"))
+    server.always, chat = serve, server.chat(retries=0)
+    talk = [{"role": "system", "content": "Be brief."}, *ask("hello")]
+    with pytest.warns(UserWarning, match="takes no system message") as said:
+        for _ in range(2): assert chat.chat(talk).text == "well"
+    assert len(server.log) == 3 and len(said) == 1
+    server.always, broken = lambda h: h.send(500, b"Internal Server Error", "text/plain"), server.chat(retries=0)
+    with pytest.raises(ChatDown, match="InternalServerError"): broken.chat(talk)
+    server.always = None
+    assert broken.chat(talk).text and last_body(server)["messages"][0]["role"] == "system" # nothing was learnt
+    server.moods, n = [lambda h: h.send(500, b"", "text/plain")], len(server.log)
+    with pytest.raises(ChatDown): broken.chat(talk) # it can: this was another failure
+    assert len(server.log) == n + 1
+
 def test_a_seed_that_is_not_taken_is_left_out(server):
     server.always = lambda h: h.send(422,
                                      b'{"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra '
@@ -253,6 +271,25 @@ def test_a_policy_has_the_clients_retries_and_quirks(server):
         [[s]] = sample_group(server.chat(workers=1), ["say 0"], temperature=0.0, top_p=0.9)
     assert s.text == r"\boxed{0}" and (s.prompt_ids, s.ids) == ((), ())
     assert len(server.log) == 3 + 4 and "top_p" in server.log[0][3] and "top_p" not in last_body(server)
+
+@pytest.mark.parametrize("mood, scheme, words", [
+    ("no http", "http", "no answer after 1 tries, at last RemoteProtocolError: "), # a mail server
+    ("well", "https", "no answer after 1 tries, at last ConnectError: [SSL"), # no TLS there
+    (401, "http", "401.*check the model's name, the key and the quota"),
+    (404, "http", "404.*check the address and the model's name")])
+def test_what_is_no_server_for_this_is_named_with_its_port(server, mood, scheme, words):
+    server.always, url = mood, server.url.replace("http://", f"{scheme}://ana:geheim77@")
+    with pytest.raises(ChatDown, match=words.replace("[", r"\[")) as e:
+        EndpointChat(url, "m", api_key="sk-secret-1234", retries=0).chat(ask())
+    assert f"m at 127.0.0.1:{server.server_port}: " in str(e.value) and "\n" not in str(e.value)
+    assert "geheim77" not in str(e.value) and "sk-secret" not in str(e.value)
+
+@pytest.mark.parametrize("spec", ["http://ana:geheim77@a:1/v1", "ftp://ana:geheim77@a/v1#m",
+    "http://ana:geheim77@a:x/v1#m",
+    "http://ana:geheim77@a/v1,http://ana:geheim77@a/v1#m", "http://ana:geheim77@a/v1#m?loud"])
+def test_an_address_that_is_refused_is_shown_without_its_login(spec):
+    with pytest.raises(MemCollabError) as e: open_chat(spec)
+    assert "geheim77" not in str(e.value) and "://a" in str(e.value)
 
 def test_a_policys_texts_are_in_order_and_side_by_side(server):
     server.delay = 0.05

@@ -7,6 +7,7 @@ pytest.importorskip("openai", reason="endpoints need the package `openai`")
 
 from comam_nb.cli.__main__ import main
 from comam_nb.store.items import MemoryStore
+from fake_server import completion
 
 
 def speak(prompt):
@@ -138,3 +139,65 @@ def test_a_file_of_another_program_is_left_alone(tmp_path, capsys):
     (tmp_path / "notes.db").write_text("I am no database, and long enough to be one." * 9)
     code, _, err = run(capsys, "memory", "stats", tmp_path / "notes.db")
     assert code == 2 and "cannot be opened" in err and err.count("\n") == 1
+
+
+# ---- an endpoint that is down ---------------------------------------------------------------------------------------
+TASK = '{"id": "a", "prompt": "What is 2 + 3?", "check": {"kind": "math", "answer": "5"}}\n'
+QUESTION = {"messages": [{"role": "user", "content": "My cat is called Miso."}],
+            "questions": [{"query": "What is my cat called?", "answer": "Miso"}]}
+
+@pytest.fixture
+def once(monkeypatch):
+    "Endpoints that do not try again."
+    from comam_nb.lm.endpoints import EndpointChat
+    old = EndpointChat.__init__
+    monkeypatch.setattr(EndpointChat, "__init__", lambda self, *a, **k: old(self, *a, **{**k, "retries": 0}))
+
+@pytest.mark.parametrize("command", ["answer --memory {d}/me.db --query cat? --backbone {m}",
+    "answer --history {d}/log.jsonl --query cat? --backbone {m}", "chat --backbone {m}",
+    "eval --system rag --data chat:{d}/q.jsonl --out {d}/eval --backbone {m}",
+    "build --bank {d}/new.db --tasks {d}/tasks.jsonl --weak plain:{m} --strong cot:{m}",
+    "solve --bank {d}/bank.db --tasks {d}/tasks.jsonl --agent {m}",
+    "solve --bank {d}/bank.db --prompt 2+3? --agent {m}",
+    "eval --bank {d}/bank.db --tasks {d}/tasks.jsonl --agent {m}"])
+def test_every_command_names_the_endpoint_that_is_down(command, place, once, capsys, monkeypatch):
+    from comam_nb.cli.memcollab import main as memcollab
+    from comam_nb.memcollab.bank import ConstraintBank
+    from comam_nb.store.items import MemoryItem
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello?\n"))
+    (place.dir / "tasks.jsonl").write_text(TASK); (place.dir / "q.jsonl").write_text(json.dumps(QUESTION))
+    ConstraintBank(place.dir / "bank.db").close()
+    with MemoryStore(place.dir / "me.db") as store: store.add(MemoryItem("", "user", "Likes tea."))
+    argv = [a.format(d=place.dir, m="http://ana:geheim77@127.0.0.1:9/v1#m") for a in command.split()]
+    code = (memcollab if "--bank" in argv else main)(argv)
+    out, err = capsys.readouterr()
+    told = out if argv[0] == "chat" else err # a talk goes on
+    assert code == (0 if argv[0] == "chat" else 2) and "m at 127.0.0.1:9: no answer" in told, (out, err)
+    assert "Connection refused" in told and "check that the server is up" in told and err.count("\n") <= 1
+    kept = b"".join(p.read_bytes() for p in place.dir.rglob("*") if p.is_file())
+    assert "geheim77" not in out + err and b"geheim77" not in kept
+
+
+def test_what_was_read_before_the_server_died_is_kept(place, server, once, capsys):
+    days = ["My cat is called Miso.", *(f"It rained on day {i}." for i in range(9))]
+    place.history.write_text("".join(json.dumps({"messages": [{"role": "user", "content": d}]}) + "\n" for d in days))
+    ask = ["answer", *place.model, "--memory", place.memory, "--query", "What is my cat called?",
+           "--history", place.history]
+    server.moods, server.always = ["well"] * 3, 503
+    code, out, err = run(capsys, *ask)
+    assert code == 2 and out.count(" turns, 1 facts stored") == 3 and err.count("\n") == 1
+    assert f"127.0.0.1:{server.server_port}" in err and "3 of 10 sessions are read" in err
+    server.moods, server.always, n = [], None, len(server.log)
+    code, out, err = run(capsys, *ask)
+    assert code == 0 and out.count("read before") == 3 and "answer: Miso" in out, err
+    assert len(server.log) - n == 7 + 2 # the other sessions, the profile, the question
+
+
+def test_what_a_server_does_not_take_is_said(place, server, capsys):
+    def no_seed(h):
+        if "temperature" in h.server.log[-1][3]:
+            return h.send(400, b'{"error": {"message": "Unsupported parameter: temperature"}}')
+        h.send(200, completion("I see."))
+    server.always = no_seed
+    code, _, err = run(capsys, "answer", *place.model, "--history", place.history, "--query", "cat?")
+    assert code == 0 and err == "comam: m: the server does not take this temperature: it is left out from now on\n"

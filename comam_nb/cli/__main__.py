@@ -42,6 +42,8 @@ def main(
     for name, value in _QUIET.items(): os.environ.setdefault(name, value)
     for kind in (UserWarning, FutureWarning): # of libraries; ours are errors or printed lines
         warnings.filterwarnings("ignore", category=kind)
+    warnings.filterwarnings("always", category=UserWarning, module=r"comam_nb\.lm\.endpoints") # a server's limits
+    shown, warnings.showwarning = warnings.showwarning, lambda message, *rest, **more: say(message)
     try: return args.run(args)
     except KeyboardInterrupt as e:
         say(str(e) or "stopped")
@@ -56,5 +58,6 @@ def main(
         more = ", with the same command and --resume" if "Go on" in str(e) else ""
         print(f"comam: {e}{more}", file=sys.stderr, flush=True) # any process may be the one that noticed
         return 1
+    finally: warnings.showwarning = shown
 
 if __name__ == "__main__" and __package__: sys.exit(main())

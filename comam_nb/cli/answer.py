@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/source/cli/03_answer.ipynb #52f5c346
 import argparse
 
+from ..base.errors import ChatDown
 from .common import add_model_arguments, fill_model_arguments, language_team, printable
 from ..runs.folder import CommandError
 from ..runs.sources import history_for
@@ -39,11 +40,16 @@ def _show_items(title, items):
     for i in items: print(f"  {list(i.cites)} {printable(i.text, True)}")
 
 def _observe(assistant, history, batch_size):
-    "Read all sessions; what was read is stored now and then, not only at the end."
-    n = 0
-    for start in range(0, len(history), 64):
-        part = history[start:start + 64]
-        stored_each = assistant.observe_all(part, batch_size)
+    """Read all sessions: one, then two, four, up to `batch_size` side by side, so that the first line comes soon.
+    What was read is stored when its line appears."""
+    history, n, size = [s for s in history if s.messages] or history, 0, 1
+    most = min(batch_size, getattr(assistant.agents["extraction"].policy, "workers", batch_size)) # of an endpoint
+    while n < len(history):
+        part, size = history[n:n + size], min(2 * size, most)
+        try: stored_each = assistant.observe_all(part, batch_size)
+        except ChatDown as e:
+            raise CommandError(f"{e}; {n} of {len(history)} sessions are read, which --memory keeps: the same command "
+                               "does the rest") from None
         for session, stored, pieces in zip(part, stored_each, assistant.pieces):
             n += 1
             if not pieces:
@@ -67,8 +73,6 @@ def _check_memory(args)->None:
 
 def _answer(args)->int:
     "`comam answer`: build the memory of a chat log and answer a question from it."
-    from comam_nb.memory import Assistant
-    from comam_nb.store.items import MemoryStore
     fill_model_arguments(args, acting=True)
     if not args.query.strip(): raise CommandError("the query is empty")
     if args.options is not None and len(args.options) < 2:
@@ -76,8 +80,10 @@ def _answer(args)->int:
     if args.batch_size < 1: raise CommandError(f"--batch-size must be at least 1, not {args.batch_size}")
     if args.history is None: _check_memory(args)
     history = history_for(args.history, args.user) if args.history else ()
-    team = language_team(args, acting=True)
-    print(team["retrieval"].policy)
+    team = language_team(args, acting=True) # says that it loads; only then what takes seconds to import
+    from comam_nb.memory import Assistant
+    from comam_nb.store.items import MemoryStore
+    print(team["retrieval"].policy, flush=True)
     if args.adapters and team.trained: team.load(args.adapters)
     elif args.adapters: raise CommandError("--adapters goes with a model of your own, not with an endpoint")
     with MemoryStore(args.memory or ":memory:") as store:

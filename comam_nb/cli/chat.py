@@ -50,10 +50,10 @@ def _lines(): # what the user types; a prompt on a terminal
 # %% ../../nbs/source/cli/06_chat.ipynb #7faaee26
 def _chat(args)->int: # exit code
     "`comam chat`."
+    fill_model_arguments(args, acting=True)
+    team = language_team(args, acting=True) # says that it loads; only then what takes seconds to import
     from comam_nb.runs.conversation import Conversation
     from comam_nb.store.items import MemoryStore
-    fill_model_arguments(args, acting=True)
-    team = language_team(args, acting=True)
     if args.adapters and not team.trained: raise CommandError("--adapters goes with a model of your own")
     if args.adapters: team.load(args.adapters)
     with MemoryStore(args.memory or ":memory:") as store:

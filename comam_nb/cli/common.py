@@ -86,6 +86,7 @@ def language_team(
     acting:bool=False, # the agents only act: an endpoint will do
 )->"Team":
     "Three agents on --backbone, with the prompts that --prompts names. Raises `CommandError` for an endpoint to train."
+    if acting and not _is_endpoint(args.backbone): print(f"loading {args.backbone}", flush=True) # PyTorch, too
     from dataclasses import replace
     from comam_nb.agents import PROMPTS
     from comam_nb.lm.backbone import load_backbone
@@ -94,10 +95,11 @@ def language_team(
     prompts = PROMPTS[args.prompts]
     each:dict[str, Any] = {n: dict(max_new_tokens=args.max_new_tokens, **kw) for n, kw in prompts.items()}
     if _is_endpoint(args.backbone):
+        from comam_nb.lm.endpoints import without_login
         from comam_nb.lm.recorded import open_chat
         if not acting:
-            raise CommandError(f"--backbone {args.backbone}: a model behind an endpoint cannot be trained: name a "
-                               "model directory, a .gguf file or a hub id")
+            raise CommandError(f"--backbone {without_login(args.backbone)}: a model behind an endpoint cannot be "
+                               "trained: name a model directory, a .gguf file or a hub id")
         return make_team(dict.fromkeys(AGENTS, open_chat(args.backbone)), **each)
     def load():
         chat = args.prompts == "instruct"

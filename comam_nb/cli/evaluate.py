@@ -195,6 +195,7 @@ def _ask_windows(args, episodes, out:Path, settings:dict)->list[str]: # names
 def _evaluate(args)->int:
     "`comam eval`: run files, report.md, scores.csv and a table on the screen."
     from comam_nb.base.files import write_whole
+    from comam_nb.lm.endpoints import without_login
     from comam_nb.runs.reports import report, write_scores
     _check(args)
     out = Path(args.out) if args.out else Path("runs") / time.strftime("eval-%Y%m%d-%H%M%S")
@@ -207,6 +208,7 @@ def _evaluate(args)->int:
     names = ("data", "backbone", "prompts", "max_new_tokens", "rank", "dtype", "context", "seed", "match",
              *(("matcher", "max_prompt_tokens") if args.windows else ("embedder", "adapters")))
     settings = {k: getattr(args, k) for k in names}
+    if args.backbone: settings["backbone"] = without_login(args.backbone) # the settings are kept in files
     asked = (_ask_windows if args.windows else _ask_systems)(args, episodes, out, settings)
     text = report(out, dict(zip(args.system, asked)).get(args.against, args.against) or asked[0])
     write_whole(out / "report.md", text)

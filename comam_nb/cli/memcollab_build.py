@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/source/cli/09_memcollab_build.ipynb #ea4d249c
-import argparse, re, time
+import argparse, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,7 +100,8 @@ def _earn(args, bank, tasks, solvers, path):
 def _report(args, tasks, counts, pairs, found, entries, seconds): # all figures of a build, for JSON
     kinds = [{"id": t.id, "hash": t.hash, "category": t.category, "subcategory": t.subcategory} for t in tasks]
     made = [{"task": p.task.id, "right": p.right.solver, "wrong": p.wrong.solver, "kind": p.kind} for p in pairs]
-    shown = lambda v: re.sub(r"(?<=://)[^/\s]+@", "", v) if isinstance(v, str) else v # no login of an address
+    from comam_nb.lm.endpoints import without_login
+    shown = lambda v: without_login(v) if isinstance(v, str) else v
     return {"command": {k: shown(v) for k, v in vars(args).items() if k != "run"}, "version": __version__,
             "seconds": round(seconds, 1), "tasks": kinds, "solvers": counts, "pairs": made,
             "skipped": dict(pairs.skipped), **found.to_json(), "entries": entries}

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl, urlsplit
 from ..base.errors import MemCollabError
 from ..base.files import Journal, append_line, read_lines, text_hash
 from .chat import Chat, ChatModel, LocalChat, Reply
-from .endpoints import EndpointChat, EndpointPool
+from .endpoints import EndpointChat, EndpointPool, without_login
 
 # %% ../../nbs/source/lm/08_recorded.ipynb #164146aa
 def _key(model, messages, max_tokens, temperature, seed, top_p=None)->str:
@@ -129,10 +129,11 @@ _HELP = ("a SPEC is a model directory, a .gguf file or a hub id; http://host:por
          "http://host/v1#MODEL?top_p=0.8")
 
 def _check_address(address):
+    shown = without_login(address) or "an empty address"
     try: parts = urlsplit(address); parts.port
-    except ValueError as e: raise MemCollabError(f"{address}: no address ({e}): {_HELP}") from None
+    except ValueError as e: raise MemCollabError(f"{shown}: no address ({e}): {_HELP}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise MemCollabError(f"{address or 'an empty address'}: no http address: {_HELP}")
+        raise MemCollabError(f"{shown}: no http address: {_HELP}")
 
 def _settings(text, spec)->dict[str, Any]:
     "name=value&name=value; a value that is JSON is read as JSON."
@@ -141,7 +142,8 @@ def _settings(text, spec)->dict[str, Any]:
         except ValueError: return v
     try: return {k: value(v) for k, v in parse_qsl(text, keep_blank_values=True, strict_parsing=True)}
     except ValueError:
-        raise MemCollabError(f"{spec}: {text!r} is no list of settings: write NAME=VALUE, & between several") from None
+        raise MemCollabError(f"{without_login(spec)}: {text!r} is no list of settings: write NAME=VALUE, & between "
+                             "several") from None
 
 # %% ../../nbs/source/lm/08_recorded.ipynb #800c3536
 def open_chat(
@@ -157,7 +159,8 @@ def open_chat(
     if "://" in head:
         addresses = [a.strip() for a in head.split(",")]
         for a in addresses: _check_address(a)
-        if not model: raise MemCollabError(f"{head}: which model? Write its name behind a #, as in {head}#qwen2.5-7b")
+        shown = without_login(head)
+        if not model: raise MemCollabError(f"{shown}: which model? Write its name behind a #, as in {shown}#qwen2.5-7b")
         own = {k: v for k, v in options.items() if k not in ("batch_size", "top_p", "name")}
         own["extra"] = {**(own.get("extra") or {}), **settings}
         endpoints = [EndpointChat(a, model, **own) for a in addresses]

@@ -32,5 +32,6 @@ class Usage:
 
     def __str__(self)->str:
         tokens = f"{self.prompt_tokens} tokens read, {self.completion_tokens} written"
+        if self.calls and not self.prompt_tokens: tokens = "tokens not counted" # a chat endpoint
         rest = f"{self.seconds:.1f} s, {self.malformed} malformed lines"
         return f"{self.calls} calls, {tokens}, {rest}"
