@@ -6,14 +6,15 @@
 __all__ = ['BankFile', 'Version', 'BankRows', 'BankHistory']
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #e346c7bf
-import json, sqlite3
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 from ..base.errors import MemCollabError
-from ..base.sqlite import Database, FileKind
+from ..base.database import Database
+from ..base.sqlite import Connection, FileKind
 from ..checks.constraints import Constraint, NEAR, STATUSES, absorb, known_pairs, merge, validate
 from .lexical import Bucket, terms
 
@@ -34,7 +35,8 @@ _BUCKETS = """CREATE TABLE IF NOT EXISTS buckets(category TEXT NOT NULL, subcate
   version INTEGER NOT NULL, size INTEGER NOT NULL, checksum INTEGER NOT NULL, layout TEXT NOT NULL,
   arrays BLOB NOT NULL, PRIMARY KEY(category, subcategory))"""
 _KIND = FileKind(_SCHEMA, 0x434d424b, 1, # "CMBK"
-                 "bank", "a bank of constraints", "bank.db", "ConstraintBank", MemCollabError)
+                 "bank", "a bank of constraints", "bank.db", "ConstraintBank", MemCollabError,
+                 missing="there is no such bank: check the path, or make one with 'memcollab build'")
 _STATUS = "ALTER TABLE entries ADD COLUMN status TEXT NOT NULL DEFAULT 'active'" # for a file from before there was one
 _ENTRY = "situation, enforce, avoid, category, subcategory, status, source, models, support"
 # in the same order
@@ -82,10 +84,10 @@ def _row_to_names(
     return seq, words, tasks or [id], tasks, models, [status]
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #fd991e3d
-def _last_version(db:sqlite3.Connection)->int: # 0 for an empty bank
+def _last_version(db:Connection)->int: # 0 for an empty bank
     "Number of the newest version."
     return db.execute("SELECT coalesce(max(version), 0) FROM versions").fetchone()[0]
-def _new_version(db:sqlite3.Connection, what:str, note:str)->int: # its number
+def _new_version(db:Connection, what:str, note:str)->int: # its number
     "Begin a new version inside a write transaction."
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     db.execute("INSERT INTO versions(created, what, note) VALUES(?,?,?)", (now, what, note))
@@ -95,12 +97,12 @@ def _filter(
     subcategory:str|None, # None: any
 )->tuple[str,dict]: # SQL condition, its values
     "Which rows a bucket looks at."
-    conditions = ["1"] + ["category=:c"]*(category is not None) + ["subcategory=:s"]*(subcategory is not None)
+    conditions = ["1=1"] + ["category=:c"]*(category is not None) + ["subcategory=:s"]*(subcategory is not None)
     return " AND ".join(conditions), {"c": category, "s": subcategory}
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #ca80bcb3
 def _follow(
-    db:sqlite3.Connection, # inside a transaction
+    db:Connection, # inside a transaction
     bucket:Bucket,
     kind:tuple[str|None,str|None], # (category, subcategory), None: any
     version:int,                   # of the bank, now
@@ -119,7 +121,7 @@ def _follow(
     bucket.version = version
     return bucket
 def _load(
-    db:sqlite3.Connection, # inside a transaction
+    db:Connection, # inside a transaction
     kind:tuple[str|None,str|None], # (category, subcategory), neither of them None
     version:int,           # of the bank, now
 )->Bucket:
@@ -128,7 +130,7 @@ def _load(
     row = db.execute(sql, kind).fetchone()
     return _follow(db, row and Bucket.thaw(*row) or Bucket.of([]), kind, version)
 def _load_wide(
-    db:sqlite3.Connection,         # inside a transaction
+    db:Connection,         # inside a transaction
     kind:tuple[str|None,str|None], # (category, subcategory), at least one of them None: any
     version:int,                   # of the bank, now
 )->Bucket:
@@ -140,7 +142,7 @@ def _load_wide(
 # %% ../../nbs/source/store/03_bank_file.ipynb #f4175a62
 _PENDING = 128 # changes of a bucket that its stored arrays may lag behind
 def _pack(
-    db:sqlite3.Connection, # inside a write transaction
+    db:Connection, # inside a write transaction
     kind:tuple[str,str],   # (category, subcategory)
     version:int,           # of the bank, now
 )->None:
@@ -148,9 +150,10 @@ def _pack(
     try: bucket = _load(db, kind, version)
     except MemCollabError: return # a damaged row: whoever retrieves will be told
     values = *kind, bucket.version, bucket.n, *bucket.freeze()
-    db.execute("INSERT OR REPLACE INTO buckets VALUES(?,?,?,?,?,?,?)", values)
+    db.execute("DELETE FROM buckets WHERE category=? AND subcategory=?", kind)
+    db.execute("INSERT INTO buckets VALUES(?,?,?,?,?,?,?)", values)
 def _repack(
-    db:sqlite3.Connection,      # inside a write transaction
+    db:Connection,      # inside a write transaction
     kinds:set[tuple[str, str]], # the buckets that were touched
 )->None:
     "Store the arrays of the buckets that have fallen behind."
@@ -161,24 +164,20 @@ def _repack(
         slack, late = max(_PENDING, size // 16), 0
         for when in ("added", "removed"):
             rows = f"SELECT 1 FROM entries WHERE category=? AND subcategory=? AND {when}>? LIMIT ?"
-            late += db.execute(f"SELECT count(*) FROM ({rows})", (*kind, held, slack + 1)).fetchone()[0]
+            late += db.execute(f"SELECT count(*) FROM ({rows}) AS late", (*kind, held, slack + 1)).fetchone()[0]
         if late > slack: _pack(db, kind, version)
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #13f80c92
-def _missing(db:sqlite3.Connection)->list[str]: # SQL
+def _missing(db:Connection)->list[str]: # SQL
     "What a file from before this code lacks."
-    buckets = db.execute("SELECT 1 FROM sqlite_master WHERE name='buckets'").fetchone()
-    status = db.execute("SELECT 1 FROM pragma_table_info('entries') WHERE name='status'").fetchone()
-    return [*([] if buckets else [_BUCKETS]), *([] if status else [_STATUS])]
+    return [*([] if db.columns("buckets") else [_BUCKETS]), *([] if "status" in db.columns("entries") else [_STATUS])]
 class BankFile(Database):
     "An open bank file: transactions, buckets, and entries by row number."
     def __init__(self,
-        path:str|Path=":memory:", # a file, or ":memory:"
-        create:bool=True,         # False: a missing file is an error
+        path:str|Path=":memory:", # a file, ":memory:", or postgresql://user@host:port/database
+        create:bool=True,         # False: a missing bank is an error
     ):
-        if not create and str(path) != ":memory:" and not Path(path).is_file():
-            raise MemCollabError(f"{path}: there is no such bank: check the path, or make one with 'memcollab build'")
-        super().__init__(path, _KIND)
+        super().__init__(path, _KIND, create)
         try:
             with self.session() as db:
                 missing = _missing(db)
@@ -191,7 +190,7 @@ class BankFile(Database):
         "Number of the newest version, 0 for an empty bank."
         with self.session() as db: return _last_version(db)
     def bucket(self,
-        db:sqlite3.Connection,         # inside a transaction
+        db:Connection,         # inside a transaction
         kind:tuple[str|None,str|None], # (category, subcategory), None: any
         held:Bucket|None=None,         # the bucket of this kind as it was some time ago
     )->Bucket: # `held` itself if nothing has changed for it
@@ -200,7 +199,7 @@ class BankFile(Database):
         if held is None: return _load_wide(db, kind, version) if None in kind else _load(db, kind, version)
         return held if held.version == version else _follow(db, held, kind, version)
     def constraints(self,
-        db:sqlite3.Connection, # inside a session
+        db:Connection, # inside a session
         seqs:Sequence[int],    # row numbers
         version:int,           # that the bank must have
     )->list[Constraint]: # in this order; none if the bank has another version
@@ -225,7 +224,7 @@ class BankFile(Database):
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #4efe1c63
 def _insert(
-    db:sqlite3.Connection, # inside a write transaction
+    db:Connection, # inside a write transaction
     c:Constraint,          # what to store
     version:int,           # in which version it is added
     id:str="",             # its id, if it is known already
@@ -234,21 +233,21 @@ def _insert(
     texts = c.when, c.enforce, c.avoid, c.category, c.subcategory, c.status
     values = id or c.id, *texts, json.dumps(c.source), json.dumps(c.models), c.support, version
     db.execute(f"INSERT INTO entries(id, {_ENTRY}, added) VALUES(?,?,?,?,?,?,?,?,?,?,?)", values)
-def _live(db:sqlite3.Connection, id:str)->Constraint|None:
+def _live(db:Connection, id:str)->Constraint|None:
     "A live entry by its id."
     row = db.execute(f"SELECT {_ENTRY} FROM entries WHERE id=? AND removed IS NULL", (id,)).fetchone()
     return row and _row_to_constraint(row)
-def _known(file:BankFile, db:sqlite3.Connection, id:str)->Constraint:
+def _known(file:BankFile, db:Connection, id:str)->Constraint:
     "The same; raises `MemCollabError` if there is none."
     if found := _live(db, id): return found
     raise MemCollabError(f"{file.path} has no entry {id!r}: see entries()")
-def _close(db:sqlite3.Connection, id:str, version:int)->None:
+def _close(db:Connection, id:str, version:int)->None:
     "From this version on an entry is gone."
     db.execute("UPDATE entries SET removed=? WHERE id=? AND removed IS NULL", (version, id))
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #99da8a5a
 def _restate(
-    db:sqlite3.Connection,      # inside a write transaction
+    db:Connection,      # inside a write transaction
     items:Sequence[Constraint], # entries as they shall be; the bank has their ids
     what:str,                   # what the version is called
     note:str,                   # why
@@ -260,7 +259,7 @@ def _restate(
         _insert(db, c, version)
     _repack(db, {(c.category, c.subcategory) for c in items})
 def _put(
-    db:sqlite3.Connection,      # inside a write transaction
+    db:Connection,      # inside a write transaction
     items:Iterable[Constraint], # what to store
     what:str,                   # what the version is called
     note:str,                   # why
@@ -291,7 +290,7 @@ def _checked(constraints:Constraint|Iterable[Constraint], check:bool)->list[Cons
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #698c5307
 def _merge_near(
-    db:sqlite3.Connection, # inside a write transaction
+    db:Connection, # inside a write transaction
     threshold:float,       # similarity from which two are one
     note:str,              # why
 )->int: # how many entries disappeared
@@ -324,7 +323,7 @@ class Version:
     def from_json(cls, d:dict)->"Version":
         "From JSON."
         return cls(**d)
-def _known_version(file:BankFile, db:sqlite3.Connection, version:int|None)->int:
+def _known_version(file:BankFile, db:Connection, version:int|None)->int:
     "The version that is meant; raises `MemCollabError` for one that does not exist."
     last = _last_version(db)
     if version is None: return last

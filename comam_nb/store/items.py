@@ -6,8 +6,8 @@
 __all__ = ['MemoryItem', 'FlatIndex', 'MemoryStore']
 
 # %% ../../nbs/source/store/01_items.ipynb #12c6af86
-import html, itertools, json, math, re, sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+import html, itertools, json, math, re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -18,7 +18,9 @@ import numpy as np
 
 from ..base.embedders import Embedder, HashingEmbedder, embed
 from ..base.errors import StoreError
-from ..base.sqlite import Database, FileKind
+from ..base.database import Database
+from ..base.postgres import is_address
+from ..base.sqlite import Connection, FileKind
 
 # %% ../../nbs/source/store/01_items.ipynb #0347c1fa
 _GRANULARITIES = "fine", "coarse" # M_f and M_c of the paper
@@ -158,24 +160,31 @@ _SCHEMA = (
     "CREATE INDEX items_by_user ON items(user, granularity, seq)")
 _SESSIONS = """CREATE TABLE IF NOT EXISTS sessions(user TEXT NOT NULL, mark TEXT NOT NULL, first INTEGER NOT NULL,
   turns INTEGER NOT NULL, PRIMARY KEY(user, mark))""" # what was read; came later than the others
-_KIND = FileKind(_SCHEMA, 0x434d414d, 1, "store", "a memory file", "memory.db", "MemoryStore") # "CMAM"
+_OWN = "USING (user = current_setting('comam.user', true))" # rows that a role sees that does not own the tables
+_SERVER = (_SESSIONS, "CREATE EXTENSION IF NOT EXISTS vector", "ALTER TABLE items DROP COLUMN vector",
+           "ALTER TABLE items ADD COLUMN vector vector NOT NULL", # 512 numbers make a long row, and it stays one row:
+           "ALTER TABLE items ALTER COLUMN vector SET STORAGE MAIN",
+           *(f"ALTER TABLE {t} ENABLE ROW LEVEL SECURITY" for t in ("items", "sessions")),
+           *(f"CREATE POLICY own ON {t} {_OWN}" for t in ("items", "sessions")))
+_KIND = FileKind(_SCHEMA, 0x434d414d, 1, "store", "a memory file", "memory.db", "MemoryStore", server=_SERVER, # "CMAM"
+                 missing="there is no such memory: `comam answer --memory` makes one")
 
 # %% ../../nbs/source/store/01_items.ipynb #00db45e5
-def _write_meta(db:sqlite3.Connection, embedder:Embedder)->None:
+def _write_meta(db:Connection, embedder:Embedder)->None:
     "Remember, inside a write transaction, whose vectors the file holds."
-    db.executemany("INSERT OR REPLACE INTO meta VALUES(?,?)", [("embedder", embedder.name), ("dim", str(embedder.dim))])
-def _to_blob(vector:np.ndarray)->bytes: return vector.astype("<f4").tobytes()
+    sql = "INSERT INTO meta VALUES(?,?) ON CONFLICT(key) DO UPDATE SET value=excluded.value"
+    db.executemany(sql, [("embedder", embedder.name), ("dim", str(embedder.dim))])
 class _StoreFile(Database):
     "An open memory file, and the embedder that its vectors belong to."
-    def __init__(self, path:str|Path, embedder:Embedder, reindex:bool):
+    def __init__(self, path:str|Path, embedder:Embedder, reindex:bool, create:bool):
         if not all(hasattr(embedder, a) for a in ("name", "dim", "__call__")):
             raise StoreError(f"{embedder!r} is no embedder: it needs .name, .dim and a call texts -> float32 [n, dim]")
-        super().__init__(path, _KIND)
+        super().__init__(path, _KIND, create)
         self.embedder = embedder
         try:
             with self.session() as db:
                 new = not db.execute("SELECT 1 FROM meta").fetchone()
-                old = not db.execute("SELECT 1 FROM sqlite_master WHERE name='sessions'").fetchone()
+                old = not db.columns("sessions")
             if new or old:
                 with self.transaction(write=True) as db:
                     db.execute(_SESSIONS)
@@ -184,9 +193,9 @@ class _StoreFile(Database):
             with self.checked(): pass # raises for another embedder
         except BaseException: self.close(); raise
     @contextmanager
-    def checked(self, write:bool=False)->Iterator[sqlite3.Connection]:
+    def checked(self, write:bool=False, whose:Collection[str]|None=None)->Iterator[Connection]:
         "A transaction in which the file's vectors are those of our embedder."
-        with self.transaction(write) as db:
+        with self.transaction(write, whose) as db:
             meta = dict(db.execute("SELECT key, value FROM meta"))
             theirs, ours = (meta.get("embedder"), meta.get("dim")), (self.embedder.name, str(self.embedder.dim))
             if theirs != ours:
@@ -198,11 +207,12 @@ class _StoreFile(Database):
         "Embed every item with another embedder; all or nothing."
         with self.lock:
             with self.transaction(write=True) as db:
+                db.execute("DROP INDEX IF EXISTS items_hnsw") # it holds vectors of one length
                 rows = db.execute("SELECT seq, text FROM items").fetchall()
                 for i in range(0, len(rows), 256):
                     seqs, texts = zip(*rows[i:i+256])
-                    blobs = map(_to_blob, embed(embedder, texts))
-                    db.executemany("UPDATE items SET vector=? WHERE seq=?", zip(blobs, seqs))
+                    vectors = map(db.pack, embed(embedder, texts))
+                    db.executemany("UPDATE items SET vector=? WHERE seq=?", zip(vectors, seqs))
                 _write_meta(db, embedder)
             self.embedder = embedder
 
@@ -249,7 +259,7 @@ def _read_sessions(
 
 # %% ../../nbs/source/store/01_items.ipynb #73b2bfee
 def _insert_item(
-    db:sqlite3.Connection, # inside a write transaction
+    db:Connection,         # inside a write transaction
     item:MemoryItem,       # with a user
     vector:np.ndarray,     # float32 [dim]
     now:str,               # ISO-8601, for an item without `created`
@@ -258,11 +268,10 @@ def _insert_item(
     def taken(id): return db.execute("SELECT 1 FROM items WHERE user=? AND id=?", (item.user, id)).fetchone()
     if item.id and taken(item.id):
         raise StoreError(f"user {item.user!r} already has an item {item.id!r}: forget it first, or leave id empty")
-    last = db.execute("SELECT seq FROM sqlite_sequence WHERE name='items'").fetchone() # highest number ever used
-    fresh = (f"m{n}" for n in itertools.count(1 + (last[0] if last else 0)))
+    fresh = (f"m{n}" for n in itertools.count(1 + db.last_number("items")))
     id = item.id or next(f for f in fresh if not taken(f))
     values = id, item.user, item.text, item.granularity, json.dumps(item.cites), item.created or now, item.by
-    db.execute(f"INSERT INTO items({_COLUMNS}, vector) VALUES(?,?,?,?,?,?,?,?)", (*values, _to_blob(vector)))
+    db.execute(f"INSERT INTO items({_COLUMNS}, vector) VALUES(?,?,?,?,?,?,?,?)", (*values, db.pack(vector)))
     return id
 def _add_items(
     file:_StoreFile,
@@ -277,20 +286,21 @@ def _add_items(
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with file.lock:
         vectors = embed(file.embedder, [item.text for item in items])
-        with file.checked(write=True) as db:
-            db.executemany("INSERT OR REPLACE INTO sessions VALUES(?,?,?,?)", read)
+        with file.checked(True, {i.user for i in items} | {user for user, *_ in read}) as db:
+            db.executemany("INSERT INTO sessions VALUES(?,?,?,?) ON CONFLICT(user, mark) DO UPDATE "
+                           "SET first=excluded.first, turns=excluded.turns", read)
             return [_insert_item(db, i, v, now) for i, v in zip(items, vectors)]
 def _delete_items(file:Database, user:str, ids:list[str]|None)->int: # how many there were
-    "Delete items of a user (None: all), and empty the log, where their bytes still are."
+    "Delete items of a user (None: all), and what a file still holds of their bytes."
     with file.lock:
-        with file.transaction(write=True) as db:
+        with file.transaction(True, [user]) as db:
             if ids is None:
                 n = db.execute("DELETE FROM items WHERE user=?", (user,)).rowcount
                 db.execute("DELETE FROM sessions WHERE user=?", (user,))
             else: n = sum(db.execute("DELETE FROM items WHERE user=? AND id=?", (user, id)).rowcount for id in ids)
         with file.session() as db:
-            try: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            except sqlite3.Error as e:
+            try: db.wipe()
+            except db.Error as e:
                 raise StoreError(f"{file.path}: {n} items are deleted, but the log could not be emptied ({e}): "
                                  "forget again") from e
     return n
@@ -316,7 +326,7 @@ class _UserIndexes:
         "Forget all indexes."
         self.drop(*self.indexes)
     def index(self,
-        db:sqlite3.Connection, # inside a transaction
+        db:Connection,         # inside a transaction
         user:str,
         granularity:str,
         dim:int,               # of the vectors
@@ -335,6 +345,40 @@ class _UserIndexes:
         while self.rows * 4*dim > _MAX_BYTES and len(self.indexes) > 1: self.drop(next(iter(self.indexes)))
         return index
 
+# %% ../../nbs/source/store/01_items.ipynb #23e664bd
+class _ServerIndex:
+    "One user's memory on a server: pgvector proposes, the best of it are scored exactly."
+    def __init__(self, db:Connection, kinds:tuple[str,str], dim:int, hnsw:int|None):
+        self.db, self.kinds, self.dim, self.hnsw, self.slack = db, kinds, dim, hnsw, 2 * _rounding_bound(dim)
+    def search(self, query:np.ndarray, k:int)->list[tuple[float,int]]: # up to k pairs (exact score, key), best first
+        m, cast = k + 8, f"::vector({self.dim})" if self.hnsw else ""
+        if self.hnsw:
+            m = max(m, self.hnsw)
+            self.db.execute(f"SET LOCAL hnsw.ef_search = {self.hnsw}")
+            self.db.execute("SET LOCAL hnsw.iterative_scan = relaxed_order")
+        sql = (f"SELECT seq, vector, -(vector{cast} <#> ?{cast or '::vector'}) FROM items WHERE user=? AND "
+               f"granularity=? ORDER BY vector{cast} <#> ?{cast or '::vector'} LIMIT ?")
+        while True:
+            asked = self.db.pack(query)
+            rows = self.db.execute(sql, (asked, *self.kinds, asked, m)).fetchall()
+            if self.hnsw or len(rows) < m or rows[-1][2] < rows[k-1][2] - self.slack: break
+            m *= 2
+        if not rows: return []
+        scores = _exact_scores(np.stack([v.to_numpy() for _, v, _ in rows]), query)
+        return sorted(zip(scores, [r[0] for r in rows]), key=lambda f: (-f[0], f[1]))[:k]
+class _ServerIndexes:
+    "What `_UserIndexes` is asked, where nothing is kept."
+    def __init__(self, file:_StoreFile, hnsw:int|None):
+        self.hnsw, dim = hnsw, file.embedder.dim
+        if hnsw is None: return
+        with file.transaction(write=True) as db:
+            if not db.execute("SELECT to_regclass('items_hnsw')").fetchone()[0]:
+                db.execute(f"CREATE INDEX items_hnsw ON items USING hnsw ((vector::vector({dim})) vector_ip_ops)")
+    def drop(self, *keys:tuple[str,str])->None: "Nothing is kept."
+    def clear(self)->None: "Nothing is kept."
+    def index(self, db:Connection, user:str, granularity:str, dim:int)->_ServerIndex:
+        return _ServerIndex(db, (user, granularity), dim, self.hnsw)
+
 # %% ../../nbs/source/store/01_items.ipynb #3e59ccee
 @dataclass(frozen=True, repr=False)
 class _Hit:
@@ -351,7 +395,7 @@ class _Hit:
     def __repr__(self): return f"{self.score:.3f} {self.item!r}"
 def _search(
     file:_StoreFile,
-    indexes:_UserIndexes,
+    indexes:_UserIndexes|_ServerIndexes,
     query:str, # what is looked for
     user:str,  # in whose memory
     k:int,     # how many, from 1
@@ -368,14 +412,20 @@ def _search(
 
 # %% ../../nbs/source/store/01_items.ipynb #d7a3414a
 class MemoryStore:
-    "Items per user in one SQLite file, with exact similarity search; threads may share a store, processes a file."
+    "Items per user in an SQLite file or on a server, with exact search; threads may share a store, processes a path."
     def __init__(self,
-        path:str|Path=":memory:",    # a file, created if it is missing, or ":memory:"
+        path:str|Path=":memory:",    # a file, created if it is missing, ":memory:", or postgresql://user@host/database
         embedder:Embedder|None=None, # None: `HashingEmbedder()`
         reindex:bool=False,          # make all vectors anew, for a file that was written with another embedder
+        create:bool=True,            # False: a store that is missing is an error
+        hnsw:int|None=None,          # a server's approximate search with so many candidates, 1 to 1000; None: exact
     ):
-        self.file = _StoreFile(path, HashingEmbedder() if embedder is None else embedder, reindex)
-        self._indexes = _UserIndexes()
+        remote = is_address(path)
+        if hnsw is not None and (isinstance(hnsw, bool) or not remote or hnsw not in range(1, 1001)):
+            raise StoreError(f"hnsw is {hnsw!r}: give 1 to 1000, with an address that begins with postgresql://")
+        self.file = _StoreFile(path, HashingEmbedder() if embedder is None else embedder, reindex, create)
+        try: self._indexes = _ServerIndexes(self.file, hnsw) if remote else _UserIndexes()
+        except BaseException: self.close(); raise
     @property
     def path(self)->str: return self.file.path
     @property
