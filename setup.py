@@ -18,7 +18,8 @@ setup(
     package_data={"comam_nb": ["py.typed", "weights/**/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "openai", "gguf", "math", "mem0")},
+    extras_require={name: cfg[f"{name}_requirements"].split()
+                    for name in ("dev", "openai", "gguf", "math", "mem0", "postgres")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research",
                  "Programming Language :: Python :: 3.11"],

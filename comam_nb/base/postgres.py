@@ -117,7 +117,7 @@ def _connect(
     if not told:
         raise kind.error("the address of the database cannot be read: write postgresql://user@host:port/database, "
                          "and in a password %40 for @, %3A for :, %2F for /, %3F for ?, %23 for #, %25 for %")
-    settings = {"connect_timeout": 10, "application_name": "comam_nb"} | told | {"client_encoding": "utf8"}
+    settings: dict[str,Any] = {"connect_timeout": 10, "application_name": "comam_nb"} | told | {"client_encoding": "utf8"}
     try:
         raw = psycopg.connect(autocommit=True, **settings)
         if (found := raw.info.parameter_status("server_encoding")) != "UTF8":
@@ -141,11 +141,11 @@ def _prepare(
     create:bool,
 )->None:
     "Create the tables, or check that they are of this kind and version; raises the kind's error."
-    kind, look = db.kind, "SELECT to_regnamespace(?) IS NOT NULL"
-    if not db.execute(look, (db.schema,)).fetchone()[0]:
+    kind, look = db.kind, "SELECT 1 FROM pg_namespace WHERE nspname=?"
+    if not db.execute(look, (db.schema,)).fetchone():
         if not create: raise kind.error(f"{shown}: {kind.missing}")
         db.begin(write=True)
-        if not db.execute(look, (db.schema,)).fetchone()[0]: # still: others may have been faster
+        if not db.execute(look, (db.schema,)).fetchone(): # still: others may have been faster
             marks = f"CREATE TABLE {db.schema}.format(version INTEGER)", f"INSERT INTO format VALUES({kind.version})"
             for statement in (f"CREATE SCHEMA {db.schema}", *marks, *kind.schema, *kind.server): db.execute(statement)
         db.execute("COMMIT")

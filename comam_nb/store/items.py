@@ -162,12 +162,12 @@ _SESSIONS = """CREATE TABLE IF NOT EXISTS sessions(user TEXT NOT NULL, mark TEXT
   turns INTEGER NOT NULL, PRIMARY KEY(user, mark))""" # what was read; came later than the others
 _OWN = "USING (user = current_setting('comam.user', true))" # rows that a role sees that does not own the tables
 _SERVER = (_SESSIONS, "CREATE EXTENSION IF NOT EXISTS vector", "ALTER TABLE items DROP COLUMN vector",
-           "ALTER TABLE items ADD COLUMN vector vector NOT NULL", # 512 numbers make a long row, and it stays one row:
-           "ALTER TABLE items ALTER COLUMN vector SET STORAGE MAIN",
+           "ALTER TABLE items ADD COLUMN vector vector NOT NULL",
+           "ALTER TABLE items SET (toast_tuple_target = 8160)", # a vector stays in its row, up to 1,900 numbers
            *(f"ALTER TABLE {t} ENABLE ROW LEVEL SECURITY" for t in ("items", "sessions")),
            *(f"CREATE POLICY own ON {t} {_OWN}" for t in ("items", "sessions")))
 _KIND = FileKind(_SCHEMA, 0x434d414d, 1, "store", "a memory file", "memory.db", "MemoryStore", server=_SERVER, # "CMAM"
-                 missing="there is no such memory: `comam answer --memory` makes one")
+                 missing="there is no such memory: `comam chat --memory` or `comam answer --history` makes one")
 
 # %% ../../nbs/source/store/01_items.ipynb #00db45e5
 def _write_meta(db:Connection, embedder:Embedder)->None:
@@ -219,7 +219,7 @@ class _StoreFile(Database):
 # %% ../../nbs/source/store/01_items.ipynb #b6e13653
 _COLUMNS = "id, user, text, granularity, cites, created, written_by"
 def _row_to_item(
-    row:tuple, # values in the order of `_COLUMNS`
+    row:Sequence, # values in the order of `_COLUMNS`
 )->MemoryItem:
     "An item from its row."
     id, user, text, granularity, cites, created, by = row
@@ -393,6 +393,14 @@ class _Hit:
         "From JSON."
         return cls(MemoryItem.from_json(d["item"]), d["score"])
     def __repr__(self): return f"{self.score:.3f} {self.item!r}"
+def _items_by_seq(db:Connection, seqs:list[int])->dict[int,MemoryItem]:
+    "Items by row number, in a few statements, however many are asked for."
+    found = {}
+    for i in range(0, len(seqs), 500):
+        part = seqs[i:i+500]
+        sql = f"SELECT seq, {_COLUMNS} FROM items WHERE seq IN ({','.join('?' * len(part))})"
+        found |= {seq: _row_to_item(row) for seq, *row in db.execute(sql, part)}
+    return found
 def _search(
     file:_StoreFile,
     indexes:_UserIndexes|_ServerIndexes,
@@ -407,8 +415,8 @@ def _search(
         with file.checked() as db:
             found = [f for g in granularities for f in indexes.index(db, user, g, dim).search(vector, k)]
             best = sorted(found, key=lambda f: (-f[0], f[1]))[:k]
-            sql = f"SELECT {_COLUMNS} FROM items WHERE seq=?"
-            return [_Hit(_row_to_item(db.execute(sql, (seq,)).fetchone()), score) for score, seq in best]
+            items = _items_by_seq(db, [seq for _, seq in best])
+            return [_Hit(items[seq], score) for score, seq in best]
 
 # %% ../../nbs/source/store/01_items.ipynb #d7a3414a
 class MemoryStore:
