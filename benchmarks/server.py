@@ -47,7 +47,7 @@ def copy_in(store, n, per_user, real):
                     vectors = rng.normal(size=(len(part), embedder.dim)).astype(np.float32)
                     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
                 for j, (text, v) in enumerate(zip(part, vectors), i):
-                    copy.write_row((f"user {j % max(n // per_user, 1)}", f"m{j}", text, "fine", f"[{j}]",
+                    copy.write_row((f"user {j % max(n // per_user, 1)}", f"m{j}", text, "fine", f"[{j + 1}]",
                                     "2026-01-01T00:00:00+00:00", "extraction", db.pack(v)))
 
 def sizes(server, name, n):

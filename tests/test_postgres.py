@@ -386,7 +386,7 @@ def test_a_database_that_cannot_be_used(server, url, monkeypatch):
 def test_a_password_is_never_printed(server, url, capsys):
     name, secret = database(url), "&password=geheim"
     address = server.url(name, more=secret)
-    with MemoryStore(address, SMALL) as s, ConstraintBank(address) as b:
+    with MemoryStore(address) as s, ConstraintBank(address) as b:
         assert "geheim" not in repr(s) + repr(b) + s._repr_html_() + b._repr_html_() + s.path + b.path
     asks = [["memory", "stats", address], ["memory", "list", address, "--user", "eve"],
             ["memory", "list", "postgresql://u:geheim@127.0.0.1:9/x"], ["memory", "list", "postgresql://u:ge@heim@h/x"]]

@@ -353,9 +353,9 @@ class _ServerIndex:
     def search(self, query:np.ndarray, k:int)->list[tuple[float,int]]: # up to k pairs (exact score, key), best first
         m, cast = k + 8, f"::vector({self.dim})" if self.hnsw else ""
         if self.hnsw:
-            m = max(m, self.hnsw)
             self.db.execute(f"SET LOCAL hnsw.ef_search = {self.hnsw}")
             self.db.execute("SET LOCAL hnsw.iterative_scan = relaxed_order")
+            self.db.execute("SET LOCAL plan_cache_mode = force_custom_plan") # a user of few items needs no graph
         sql = (f"SELECT seq, vector, -(vector{cast} <#> ?{cast or '::vector'}) FROM items WHERE user=? AND "
                f"granularity=? ORDER BY vector{cast} <#> ?{cast or '::vector'} LIMIT ?")
         while True:
