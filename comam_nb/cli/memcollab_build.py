@@ -101,7 +101,7 @@ def _report(args, tasks, counts, pairs, found, entries, seconds): # all figures 
     from comam_nb.base.postgres import hide_login
     kinds = [{"id": t.id, "hash": t.hash, "category": t.category, "subcategory": t.subcategory} for t in tasks]
     made = [{"task": p.task.id, "right": p.right.solver, "wrong": p.wrong.solver, "kind": p.kind} for p in pairs]
-    shown = lambda v: re.sub(r"(?<=://)[^/\s]+@", "", hide_login(v)) if isinstance(v, str) else v # no login of an address
+    shown = lambda v: re.sub(r"(?<=://)[^/\s]+@", "", hide_login(v)) if isinstance(v, str) else v # no login
     return {"command": {k: shown(v) for k, v in vars(args).items() if k != "run"}, "version": __version__,
             "seconds": round(seconds, 1), "tasks": kinds, "solvers": counts, "pairs": made,
             "skipped": dict(pairs.skipped), **found.to_json(), "entries": entries}
