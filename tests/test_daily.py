@@ -78,7 +78,7 @@ def test_a_dead_endpoint_is_a_line_and_the_talk_goes_on(capsys, monkeypatch):
 
 @pytest.mark.parametrize("argv, words", [
     (["answer", "--query", "x"], "name a chat log with --history, or a memory file with --memory"),
-    (["answer", "--query", "x", "--memory", "no.db"], "there is no such file"),
+    (["answer", "--query", "x", "--memory", "no.db"], "there is no such memory"),
     (["answer", "--query", "x", "--memory", "MEMORY", "--user", "eve"], "holds nothing of 'eve': it knows ana"),
     (["train", "--data", "microworld"], "a model behind an endpoint cannot be trained"),
     (["chat", "--adapters", "somewhere"], "--adapters goes with a model of your own")])

@@ -26,7 +26,7 @@ def add_answer(
     p.add_argument("--query", required=True, help="the question")
     p.add_argument("--options", nargs="+", help="answers to choose from")
     p.add_argument("--adapters", help="weights directory of a training run")
-    p.add_argument("--memory", help="file to keep the memory in (default: RAM)")
+    p.add_argument("--memory", help="file to keep the memory in, or postgresql://user@host/database (default: RAM)")
     p.add_argument("--user", default="user",
                    help="whose memory, and whose history in a file of several users (default user)")
     p.add_argument("--batch-size", type=int, default=16,
@@ -60,16 +60,13 @@ def _observe(assistant, history, batch_size):
                   flush=True)
 
 def _check_memory(args)->None:
-    "Raise `CommandError` unless --memory names a file that knows --user."
-    from pathlib import Path
+    "Raise `CommandError` or `StoreError` unless --memory names one that knows --user."
     from comam_nb.store.items import MemoryStore
     if not args.memory: raise CommandError("name a chat log with --history, or a memory file with --memory")
-    if not Path(args.memory).is_file():
-        raise CommandError(f"--memory {args.memory}: there is no such file: make it with --history")
-    with MemoryStore(args.memory) as store:
+    with MemoryStore(args.memory, create=False) as store:
         if not store.items(args.user):
             known = ", ".join(store.users()) or "nobody"
-            raise CommandError(f"--memory {args.memory} holds nothing of {args.user!r}: it knows {known}")
+            raise CommandError(f"--memory {store.path} holds nothing of {args.user!r}: it knows {known}")
 
 def _answer(args)->int:
     "`comam answer`: build the memory of a chat log and answer a question from it."

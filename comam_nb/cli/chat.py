@@ -22,7 +22,7 @@ def add_chat(
     p.set_defaults(run=_chat)
     p.add_argument("--backbone", required=True, help="model directory, .gguf file, hub id or http://host:port/v1#MODEL")
     p.add_argument("--adapters", help="weights directory of a training run")
-    p.add_argument("--memory", help="file to keep the memory in (default: RAM)")
+    p.add_argument("--memory", help="file to keep the memory in, or postgresql://user@host/database (default: RAM)")
     p.add_argument("--user", default="user", help="whose memory (default user)")
     add_model_arguments(p, max_new_tokens=192)
 

@@ -22,7 +22,7 @@ def add_build(
     "Declare `memcollab build`."
     p = sub.add_parser("build", help="solve training tasks and distil lessons into a bank; run it again to go on")
     p.set_defaults(run=_build)
-    p.add_argument("--bank", required=True, help="file, created or added to")
+    p.add_argument("--bank", required=True, help="file, or postgresql://user@host/database; created or added to")
     p.add_argument("--weak", help=Job.SPEC)
     p.add_argument("--strong", help=Job.SPEC)
     p.add_argument("--solver", action="append", help="one more, between weak and strong; may be repeated")
@@ -98,10 +98,11 @@ def _earn(args, bank, tasks, solvers, path):
 
 # %% ../../nbs/source/cli/09_memcollab_build.ipynb #94adbe45
 def _report(args, tasks, counts, pairs, found, entries, seconds): # all figures of a build, for JSON
+    from comam_nb.base.postgres import hide_login
     kinds = [{"id": t.id, "hash": t.hash, "category": t.category, "subcategory": t.subcategory} for t in tasks]
     made = [{"task": p.task.id, "right": p.right.solver, "wrong": p.wrong.solver, "kind": p.kind} for p in pairs]
     from comam_nb.lm.endpoints import without_login
-    shown = lambda v: without_login(v) if isinstance(v, str) else v
+    shown = lambda v: without_login(hide_login(v)) if isinstance(v, str) else v
     return {"command": {k: shown(v) for k, v in vars(args).items() if k != "run"}, "version": __version__,
             "seconds": round(seconds, 1), "tasks": kinds, "solvers": counts, "pairs": made,
             "skipped": dict(pairs.skipped), **found.to_json(), "entries": entries}
@@ -112,7 +113,7 @@ def _keep(args, found, pairs, tasks, solvers, path, start): # entries of the ban
     with ConstraintBank(args.bank) as bank:
         changed = _put(bank, lessons, f"build --tasks {args.tasks}: {len(pairs)} pairs")
         _earn(args, bank, tasks, solvers, path)
-        print(f"{changed} entries are new or have new evidence; {args.bank} holds {len(bank)}, "
+        print(f"{changed} entries are new or have new evidence; {bank.path} holds {len(bank)}, "
               f"version {bank.version}; {time.time() - start:.0f} s")
         if not len(bank):
             why = "no pair, so nothing to learn from" if not pairs else "no sentence passed the checks"

@@ -59,9 +59,9 @@ def _evaluate(args): # exit code
         check_leakage(bank, tasks, args.leave_one_out)
         solver = job.solvers({"agent": args.agent})["agent"]
         tasks = job.sort(tasks, solver.chat)
-        if not len(bank): print(f"{args.bank} is empty: all arms go on without memory")
+        if not len(bank): print(f"{bank.path} is empty: all arms go on without memory")
         arms = [_ranked(a, bank, recall) if a in _RANKINGS else a for a in names]
-        folder, running = Path(args.out or Path(args.bank).with_suffix(".eval")), dict(progress=False if args.quiet
+        folder, running = Path(args.out or job.beside("eval", "")), dict(progress=False if args.quiet
             else None)
         results = sum(run_arms([], tasks, [solver], arms, folder, seed=seed, bank=bank,
                                leave_one_out=args.leave_one_out,

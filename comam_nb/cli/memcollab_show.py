@@ -19,7 +19,7 @@ def add_show(
     "Declare `memcollab show` and `memcollab demo`."
     p = sub.add_parser("show", help="a bank as a page, or what a query retrieves and why")
     p.set_defaults(run=_show)
-    p.add_argument("--bank", required=True, help="file that build wrote")
+    p.add_argument("--bank", required=True, help="what build wrote: a file, or postgresql://user@host/database")
     p.add_argument("--query", help="a task's text")
     p.add_argument("--domain", help="taxonomy of the query: math, gsm8k or code (default: any)")
     p.add_argument("--at", type=int, help="an old version")

@@ -44,7 +44,7 @@ def _solve(args): # exit code
     with job.bank() as bank:
         solvers = job.solvers({"agent": args.agent})
         [solver] = solvers.values()
-        if not len(bank): print(f"{args.bank} is empty: answers go on without memory")
+        if not len(bank): print(f"{bank.path} is empty: answers go on without memory")
         if args.prompt is not None: return _answer(job, recall, bank, solver)
         tasks, out = job.sort(tasks, solver.chat), args.out or job.beside("solve")
         job.attempt(tasks, solvers, out, recall.memory(bank, solver.chat))

@@ -150,9 +150,12 @@ class Job:
         "A chat whose replies are kept beside the bank, asked side by side; nothing is asked twice."
         from comam_nb.lm.recorded import RecordingChat
         return _Together(RecordingChat(chat, self.beside("replies")))
-    def beside(self, what:str)->Path: # "trajectories", "replies", "solve"
-        "The path of a file that belongs to the bank."
-        return Path(self.args.bank).with_suffix(f".{what}.jsonl")
+    def beside(self, what:str, ending:str=".jsonl")->Path: # "trajectories", "replies", "solve", "eval"
+        "The path of a file that belongs to the bank: beside its file; for a server's, here, by the database's name."
+        from comam_nb.base.postgres import hide_login, is_address
+        bank = self.args.bank
+        here = Path(hide_login(bank)).name if is_address(bank) else bank
+        return Path(here).with_suffix(f".{what}{ending}")
     def solvers(self, roles:dict[str, str])->dict[str, "Solver"]:
         "role -> [STYLE:]SPEC becomes role -> Solver, no two of them the same. Raises `CommandError`."
         return _make_solvers(self, roles)
@@ -202,7 +205,9 @@ def _make_solvers(job, roles):
 
 def _look_at_bank(path, create=False):
     "A ConstraintBank, or None if it is missing and may be."
+    from comam_nb.base.postgres import is_address
     from comam_nb.memcollab.bank import ConstraintBank
+    if is_address(path): return ConstraintBank(path, create=create)
     where = Path(path)
     if create and not where.exists():
         if not where.parent.is_dir():
@@ -353,7 +358,7 @@ def _job_arguments(p, samples, required): # but for the bank and the solvers
     p.add_argument("--quiet", action="store_true", help="no progress bar")
 
 def _bank_arguments(p, out): # of a command in which an agent uses a bank
-    p.add_argument("--bank", required=True, help="file that build wrote")
+    p.add_argument("--bank", required=True, help="what build wrote: a file, or postgresql://user@host/database")
     p.add_argument("--agent", required=True, help=Job.SPEC)
     p.add_argument("--out", help=f"{out} of trajectories, continued if it is there (default: beside the bank)")
 

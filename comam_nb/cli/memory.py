@@ -22,12 +22,13 @@ def add_memory(
     sub:argparse._SubParsersAction, # of `comam`
 )->None:
     "Declare `comam memory`."
-    p = sub.add_parser("memory", help="look into a memory file: stats, list, search, forget, export, import")
+    p = sub.add_parser("memory", help="look into a memory: stats, list, search, forget, export, import")
     verbs = p.add_subparsers(required=True, metavar="WHAT")
     for verb, told in _VERBS.items():
         v = verbs.add_parser(verb, help=told)
         v.set_defaults(run=_run, verb=verb)
-        v.add_argument("memory", metavar="FILE", help="written by `comam answer --memory FILE`")
+        v.add_argument("memory", metavar="MEMORY",
+                       help="what `comam answer --memory` was given: a file, or postgresql://user@host/database")
         if verb in ("search", "forget"): v.add_argument("--user", required=True, help="whose memory")
         elif verb != "stats": v.add_argument("--user", help="whose memory (default: everybody's)")
         if verb in ("list", "search"):
@@ -49,7 +50,7 @@ def _users(args, store)->list[str]: # the one that is named, or all
     "Raises `CommandError` for a user of whom nothing is stored."
     if not getattr(args, "user", None): return store.users()
     if store.items(args.user) or store.sessions(args.user): return [args.user]
-    raise CommandError(f"{args.memory} holds nothing of {args.user!r}: it knows {', '.join(store.users()) or 'nobody'}")
+    raise CommandError(f"{store.path} holds nothing of {args.user!r}: it knows {', '.join(store.users()) or 'nobody'}")
 
 def _stats(args, store)->None:
     print(store)
@@ -129,9 +130,7 @@ def _import(args, store)->None:
 def _run(args)->int: # exit code
     "`comam memory`."
     from comam_nb.store.items import MemoryStore
-    if args.verb != "import" and not Path(args.memory).is_file():
-        raise CommandError(f"{args.memory}: there is no such memory: `comam answer --memory FILE` makes one")
     if args.verb == "search" and args.k < 1: raise CommandError(f"-k must be at least 1, not {args.k}")
     does = dict(zip(_VERBS, (_stats, _list, _search, _forget, _export, _import)))[args.verb]
-    with MemoryStore(args.memory) as store: does(args, store)
+    with MemoryStore(args.memory, create=args.verb == "import") as store: does(args, store)
     return 0

@@ -126,11 +126,11 @@ def _picked(
 
 # %% ../../nbs/book/13_bank.ipynb #425ccb2e
 class ConstraintBank:
-    "Constraints in one SQLite file; threads may share a bank, processes its file."
+    "Constraints in an SQLite file or on a server; threads may share a bank, processes its path."
     def __init__(self,
-        path:str|Path=":memory:",    # a file, created if it is missing, or ":memory:"
+        path:str|Path=":memory:",    # a file, ":memory:", or postgresql://user@host/database
         embedder:Embedder|None=None, # for how="embedding"; None: `HashingEmbedder()`
-        create:bool=True,            # False: a missing file is an error
+        create:bool=True,            # False: a bank that is missing is an error
     ):
         self.file = BankFile(path, create)
         self.rows, self.past = BankRows(self.file), BankHistory(self.file)

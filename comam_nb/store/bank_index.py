@@ -6,7 +6,6 @@
 __all__ = ['BankIndex', 'why_empty']
 
 # %% ../../nbs/source/store/05_bank_index.ipynb #3b134c34
-import sqlite3
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 
 from ..base.embedders import Embedder, HashingEmbedder, embed
 from ..base.errors import MemCollabError, StoreError
+from ..base.sqlite import Connection
 from ..checks.constraints import STATUSES, Constraint
 from .bank_file import BankFile, BankHistory
 from .items import FlatIndex
@@ -131,7 +131,7 @@ def _given_scores(
     return given
 def _follow_vectors(
     file:BankFile,
-    db:sqlite3.Connection, # inside a transaction
+    db:Connection, # inside a transaction
     bucket:Bucket,         # whose .flat is brought up to date
     embedder:Embedder,
 )->list[tuple[int,str,bytes]]: # (row number, embedder's name, vector): what the file does not have yet
@@ -162,7 +162,7 @@ class BankIndex:
         self.file, self.embedder = file, embedder
         self._buckets: dict[tuple,Bucket] = {}           # the most recently used last
         self._fresh: list[tuple[int,str,bytes]] = []     # vectors that the file does not have yet
-    def _bucket(self, db:sqlite3.Connection, kind:tuple[str|None,str|None])->Bucket:
+    def _bucket(self, db:Connection, kind:tuple[str|None,str|None])->Bucket:
         bucket = self.file.bucket(db, kind, self._buckets.pop(kind, None))
         if len(self._buckets) >= _MAX_BUCKETS: del self._buckets[next(iter(self._buckets))]
         self._buckets[kind] = bucket
@@ -170,9 +170,10 @@ class BankIndex:
     def _keep_vectors(self)->None:
         if not self._fresh: return
         with self.file.transaction(write=True) as db:
-            db.executemany("INSERT OR REPLACE INTO vectors VALUES(?,?,?)", self._fresh)
+            db.executemany("INSERT INTO vectors VALUES(?,?,?) ON CONFLICT(seq, embedder) DO UPDATE "
+                           "SET vector=excluded.vector", self._fresh)
             self._fresh = []
-    def _ranking(self, db:sqlite3.Connection, bucket:Bucket, query:str, how:str|Callable)->_Ranking:
+    def _ranking(self, db:Connection, bucket:Bucket, query:str, how:str|Callable)->_Ranking:
         if callable(how):
             entries = self.file.constraints(db, bucket.seqs.tolist(), bucket.version)
             return _ByScore(_given_scores(how, query, entries))
