@@ -335,7 +335,9 @@ def test_a_new_address_reaches_every_notebook_and_changes_nothing_else():
 
 def test_a_notebook_without_a_badge_is_reported(tmp_path, capsys):
     (tmp_path / "nbs").mkdir()
-    (tmp_path / "settings.ini").write_text("[DEFAULT]\nuser = a\nrepo = b\nbranch = main\n")
+    (tmp_path / "constraints.txt").write_text("")
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\nuser = a\nrepo = b\nbranch = main\n"
+                                           "requirements = torch\nnotebooks_requirements = fastcore\n")
     title = {"cell_type": "markdown", "metadata": {}, "source": ["# Title"]}
     (tmp_path / "nbs" / "x.ipynb").write_text(json.dumps({"cells": [title]}))
     assert script("address").main(["--check"], root=tmp_path) == 1
