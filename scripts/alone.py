@@ -21,7 +21,8 @@ def environment(folder: Path):
     subprocess.run([*pip, "wheel", "-q", str(ROOT), "--no-deps", "-w", str(folder)], check=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder / "env")], check=True)
     site = next((folder / "env" / "lib").glob("*/site-packages"))
-    subprocess.run([*pip, "--python", str(python), "install", "-q", "--no-deps", *map(str, folder.glob("*.whl"))], check=True)
+    wheel, = folder.glob("*.whl")
+    subprocess.run([*pip, "--python", str(python), "install", "-q", "--no-deps", str(wheel)], check=True)
     # .pth files in there, such as an editable install's, are not followed
     (site / "borrowed.pth").write_text("\n".join({sysconfig.get_path("purelib"), *borrowed()}) + "\n")
     return python
@@ -37,7 +38,8 @@ def run_alone(notebook: Path, python: Path, limit: int):
     nb, began = json.loads(notebook.read_text(encoding="utf-8")), time.time()
     for_a_card = [c for c in nb["cells"] if re.search(r"^#\| *gpu", "".join(c["source"]), re.M) and not has_card()]
     nb["cells"] = [c for c in nb["cells"] if c not in for_a_card]
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | { # as if it were activated: the kernel is its Python
+        "VIRTUAL_ENV": str(python.parent.parent), "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
     with tempfile.TemporaryDirectory() as empty:
         (Path(empty) / notebook.name).write_text(json.dumps(nb), encoding="utf-8")
         command = [str(python), "-m", "nbconvert", "--execute", "--to", "notebook", "--stdout", notebook.name]
