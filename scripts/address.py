@@ -1,6 +1,7 @@
 """The repository's address, which stands in settings.ini (user, repo, branch), in all notebooks.
 
-This writes it into Colab badges, install cells and the clone line; and nbs/colab.txt, which install cells fetch.
+This writes it into badges of Colab and Binder, install cells, the clone line and the link to the site; and it writes
+nbs/colab.txt, which install cells fetch.
 
     python scripts/address.py            # rewrite the notebooks
     python scripts/address.py --check    # exit code 1 and a list of notebooks that are out of step
@@ -8,6 +9,7 @@ This writes it into Colab badges, install cells and the clone line; and nbs/cola
 import argparse, json, re, sys
 from configparser import ConfigParser
 from pathlib import Path
+from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parents[1]
 COLAB = "https://colab.research.google.com/github/"
@@ -71,6 +73,9 @@ def readdress(text: str, path: str, user: str, repo: str, branch: str):
     cell[-1] = cell[-1].replace('\\n"', '"')
     text = re.sub(r'(\n +)"#\| eval: false\\n",\s+"# only on Colab:.*?(?=\n +\])',
                   lambda m: m[1] + ("," + m[1]).join(cell), text, flags=re.S)
+    text = re.sub(r"https://mybinder\.org/v2/gh/[^\s()\"?]+",
+                  f"https://mybinder.org/v2/gh/{user}/{repo}/{quote(branch, safe='')}", text)
+    text = re.sub(r"https://[\w-]+\.github\.io/[\w.-]+", f"https://{user}.github.io/{repo}", text)
     text = re.sub(r"(git clone (?:-q )?)https://github\.com/[\w.-]+/[\w.-]+", lambda m: m[1] + home, text)
     return re.sub(r"(git clone \S+ && cd |%cd )[\w-][\w.-]*", lambda m: m[1] + repo, text)
 
