@@ -103,7 +103,7 @@ def main(argv=None):
         copy_notebooks(src, pages)
         write_api(src, "*.py" if a.book else "**/*.py")
         write_contents(src)
-        return build_main(["-q", "-W", "--keep-going", "-j", "auto", "-c", str(ROOT / "docs"), "-d", str(src / ".cache"),
-                           str(src), str(a.out)])
+        settings = ["-c", str(ROOT / "docs"), "-d", str(src / ".cache")]
+        return build_main(["-q", "-W", "--keep-going", "-j", "auto", *settings, str(src), str(a.out)])
 
 if __name__ == "__main__": sys.exit(main())

@@ -2,7 +2,7 @@
 
     python scripts/alone.py                          # all of them, one at a time
     python scripts/alone.py walkthroughs book/01     # those whose path holds one of these texts
-    python scripts/alone.py --out runs/alone.jsonl   # what is ok in there already, and has not changed, is not run again
+    python scripts/alone.py --out runs/alone.jsonl   # what is ok in there and has not changed is not run again
 
 Makes a wheel and an environment that holds it; libraries it borrows from the environment that runs this script, but not
 the repository. Every cell runs, also slow ones, and those that `nbdev_test` never runs; cells marked *gpu* are left out
@@ -15,31 +15,27 @@ from address import ROOT, notebooks
 
 def environment(folder: Path):
     "An environment with a wheel of this repository: its Python."
-    python = folder / "env" / "bin" / "python"
+    python, pip = folder / "env" / "bin" / "python", [sys.executable, "-m", "pip"]
     shutil.rmtree(ROOT / "build", ignore_errors=True)
-    pip = [sys.executable, "-m", "pip"]
     subprocess.run([*pip, "wheel", "-q", str(ROOT), "--no-deps", "-w", str(folder)], check=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder / "env")], check=True)
-    site = next((folder / "env" / "lib").glob("*/site-packages"))
     wheel, = folder.glob("*.whl")
     subprocess.run([*pip, "--python", str(python), "install", "-q", "--no-deps", str(wheel)], check=True)
-    # .pth files in there, such as an editable install's, are not followed
-    (site / "borrowed.pth").write_text("\n".join({sysconfig.get_path("purelib"), *borrowed()}) + "\n")
+    # .pth files in what it borrows from, such as an editable install's, are not followed
+    site, borrowed = next((folder / "env" / "lib").glob("*/site-packages")), dict.fromkeys(
+        p for p in [sysconfig.get_path("purelib"), *sys.path] if Path(p).name == "site-packages")
+    (site / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
     return python
-
-def borrowed():
-    "Where this environment in turn borrows from: folders on sys.path that hold libraries and not this repository."
-    return [p for p in sys.path if Path(p).name == "site-packages"]
-
-def has_card(): return shutil.which("nvidia-smi") is not None
 
 def run_alone(notebook: Path, python: Path, limit: int):
     "Run All in an empty folder: status, seconds, cells left out, and why it failed."
     nb, began = json.loads(notebook.read_text(encoding="utf-8")), time.time()
-    for_a_card = [c for c in nb["cells"] if re.search(r"^#\| *gpu", "".join(c["source"]), re.M) and not has_card()]
+    card = shutil.which("nvidia-smi")
+    for_a_card = [c for c in nb["cells"] if not card and re.search(r"^#\| *gpu", "".join(c["source"]), re.M)]
     nb["cells"] = [c for c in nb["cells"] if c not in for_a_card]
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | { # as if it were activated: the kernel is its Python
-        "VIRTUAL_ENV": str(python.parent.parent), "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
+    # as if its environment were activated: the kernel is its Python
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    env |= {"VIRTUAL_ENV": str(python.parent.parent), "PATH": os.pathsep.join([str(python.parent), env["PATH"]])}
     with tempfile.TemporaryDirectory() as empty:
         (Path(empty) / notebook.name).write_text(json.dumps(nb), encoding="utf-8")
         command = [str(python), "-m", "nbconvert", "--execute", "--to", "notebook", "--stdout", notebook.name]
@@ -58,11 +54,14 @@ def main(argv=None):
     parser.add_argument("--limit", type=int, default=1200, help="seconds for one notebook")
     a = parser.parse_args(argv)
     named = {p.relative_to(ROOT / "nbs").as_posix(): p for p in notebooks()}
+    if a.python and not a.python.exists(): parser.error(f"{a.python}: no such file: name an environment's Python")
     if unknown := [t for t in a.texts if not any(t in n for n in named)]:
         parser.error(f"no notebook's path holds {', '.join(unknown)}: look into nbs/")
     chosen = {n: p for n, p in named.items() if not a.texts or any(t in n for t in a.texts)}
-    lines = a.out.read_text(encoding="utf-8").splitlines() if a.out and a.out.exists() else []
-    found = {r["notebook"]: r for r in map(json.loads, lines)}
+    try: lines = a.out.read_text(encoding="utf-8").splitlines() if a.out and a.out.exists() else []
+    except OSError as e: parser.error(f"{a.out}: {e.strerror}: name a .jsonl file")
+    try: found = {r["notebook"]: r for r in map(json.loads, lines)}
+    except (ValueError, TypeError, KeyError): parser.error(f"{a.out}: not what this script writes: name another file")
     with tempfile.TemporaryDirectory() as folder:
         python = a.python.absolute() if a.python else environment(Path(folder))
         for n, p in chosen.items():

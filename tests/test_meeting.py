@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 from configparser import ConfigParser
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -106,6 +108,15 @@ def test_colab_gets_tested_versions_and_keeps_its_torch():
     asked = set(map(named, (SETTINGS["requirements"] + " " + SETTINGS["notebooks_requirements"]).split()))
     brought = script("scripts", "address").BROUGHT
     assert {"torch", "numpy"} <= brought and {named(l) for l in lines[1:]} == asked - brought
+
+def test_no_tested_version_asks_for_a_newer_torch_than_the_package_does():
+    floor = next(Requirement(r).specifier for r in SETTINGS["requirements"].split() if named(r) == "torch")
+    least, = (s.version for s in floor)
+    asked = {(named(l), str(r)) for l in text("nbs/colab.txt").splitlines() if "==" in l
+             for r in map(Requirement, distribution(named(l)).requires or ())
+             if r.name == "torch" and (r.marker is None or r.marker.evaluate({"extra": ""}))}
+    assert {n for n, _ in asked} >= {"accelerate", "peft"}
+    assert {(n, r) for n, r in asked if least not in Requirement(r).specifier} == set()
 
 
 # ---- containers, workflows and the site agree with the tested set
