@@ -27,7 +27,7 @@ def pack(out, wheels=None, model=None, data=()):
         whole = Path(scratch) / "all.tar.gz"
         with tarfile.open(whole, "w:gz") as tar:
             keep = lambda x: None if "__pycache__" in x.name else x
-            for name in ("comam_nb", "scripts", "benchmarks"): tar.add(root / name, name, filter=keep)
+            for name in ("comam_nb", "scripts", "benchmarks", "nbs/logs/card"): tar.add(root / name, name, filter=keep)
             for wheel in sorted(Path(wheels or scratch).glob("*.whl")): tar.add(wheel, f"wheels/{wheel.name}")
             if model: tar.add(model, "model" + (".gguf" if str(model).endswith(".gguf") else ""))
             for file in data: tar.add(file, f"data/{Path(file).name}")

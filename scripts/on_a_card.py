@@ -15,7 +15,7 @@ stage that fails does not end the others, and the same command again does those 
 stands in DIR/log.txt. The last three are a real run: a supervised start of --model, joint training from there, scores
 on what was held out, and adapters under 16 MB; without --model the micro-world's own agents are trained.
 
-The record.jsonl that a card made belongs into nbs/logs/card/; scripts/card_record.py shows it.
+The record.jsonl that a card made belongs into nbs/logs/card/; nbs/logs/card/card_record.py shows it.
 """
 import argparse, importlib.metadata, json, os, signal, subprocess, sys, time, traceback
 from importlib.util import find_spec
@@ -95,7 +95,7 @@ def run(a, start=process):
         print(f"{stage}: {line['seconds']:.0f} s, {line.get('device', '')} {line.get('dtype', '')}"
               f"{', ' + said[-1] if said else ''}{'; lower ' + line['lower'] if 'lower' in line else ''}", flush=True)
     file.unlink(missing_ok=True)
-    print(f"{record}: `python scripts/card_record.py {a.out}` shows it")
+    print(f"{record}: `python nbs/logs/card/card_record.py {a.out}` shows it")
 
 
 # ---- what is needed

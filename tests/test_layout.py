@@ -206,7 +206,7 @@ def test_no_line_of_the_package_is_too_long(path):
     long = [l for i, l in enumerate(lines) if len(l) > MOST_CHARACTERS and i not in names and not l.startswith("# %%")]
     assert long == []
 
-BESIDE = [*(p for d in ("tests", "benchmarks", "scripts") for p in (ROOT / d).glob("*.py")), ROOT / "setup.py",
+BESIDE = [*(p for d in ("tests", "benchmarks", "scripts", "docs") for p in (ROOT / d).glob("*.py")), ROOT / "setup.py",
           ROOT / ".ci" / "run"]
 @of_each(BESIDE)
 def test_no_line_beside_the_package_is_too_long(path):
@@ -336,7 +336,9 @@ def test_a_new_address_reaches_every_notebook_and_changes_nothing_else():
 
 def test_a_notebook_without_a_badge_is_reported(tmp_path, capsys):
     (tmp_path / "nbs").mkdir()
-    (tmp_path / "settings.ini").write_text("[DEFAULT]\nuser = a\nrepo = b\nbranch = main\n")
+    (tmp_path / "constraints.txt").write_text("")
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\nuser = a\nrepo = b\nbranch = main\n"
+                                           "requirements = torch\nnotebooks_requirements = fastcore\n")
     title = {"cell_type": "markdown", "metadata": {}, "source": ["# Title"]}
     (tmp_path / "nbs" / "x.ipynb").write_text(json.dumps({"cells": [title]}))
     assert script("address").main(["--check"], root=tmp_path) == 1

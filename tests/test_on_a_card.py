@@ -16,7 +16,7 @@ TINY = str(Path(comam_nb.__file__).parent / "weights" / "microworld")
 
 @pytest.fixture(autouse=True)
 def paths(monkeypatch):
-    for folder in ("benchmarks", "scripts"): monkeypatch.syspath_prepend(str(ROOT / folder))
+    for folder in ("benchmarks", "scripts", "nbs/logs/card"): monkeypatch.syspath_prepend(str(ROOT / folder))
 
 def module(name): return importlib.import_module(name)
 

@@ -1,6 +1,6 @@
 """Shows a record that scripts/on_a_card.py made: tables, and the curves of its real run.
 
-    python scripts/card_record.py nbs/logs/card     # Markdown; says so where there is no record
+    python nbs/logs/card/card_record.py nbs/logs/card     # Markdown; says so where there is no record
 """
 import json, sys
 from pathlib import Path
