@@ -25,8 +25,7 @@ def _without_template(spec:str)->bool:
     from pathlib import Path
     folder = Path(spec)
     if folder.suffix == ".gguf" and folder.is_file():
-        from gguf import GGUFReader
-        return "tokenizer.chat_template" not in GGUFReader(spec).fields
+        with folder.open("rb") as f: return b"tokenizer.chat_template" not in f.read(2**26) # its head, unparsed
     files = [folder / name for name in ("tokenizer_config.json", "chat_template.jinja", "chat_template.json")]
     if not files[0].is_file(): return False # a hub id: unknown
     return "chat_template" not in files[0].read_text(encoding="utf-8") and not any(f.is_file() for f in files[1:])
