@@ -231,6 +231,19 @@ def _check_name(name):
         raise BackboneError(f"{name}: no such directory")
     return path if path.exists() else name
 
+# %% ../../nbs/source/lm/03_backbone.ipynb #e07a10b7
+def _rounded(load_in, place, dtype, name)->dict[str, Any]: # arguments of `from_pretrained`
+    "Raises `BackboneError` where weights cannot be loaded in so few bits."
+    if load_in not in ("4bit", "8bit"): raise BackboneError(f"unknown load_in {load_in!r}: use 4bit or 8bit")
+    if str(name).endswith(".gguf"): raise BackboneError(f"load_in={load_in}: {name} is rounded already: leave load_in")
+    if find_spec("bitsandbytes") is None:
+        raise BackboneError(f"load_in={load_in} needs the package `bitsandbytes`: pip install bitsandbytes")
+    if place.type != "cuda": raise BackboneError(f"load_in={load_in} needs a CUDA card, and this runs on {place}")
+    from transformers import BitsAndBytesConfig
+    four = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    config = BitsAndBytesConfig(**(four if load_in == "4bit" else dict(load_in_8bit=True)))
+    return {"quantization_config": config, "device_map": {"": str(place)}}
+
 # %% ../../nbs/source/lm/03_backbone.ipynb #b6cd1716
 def load_backbone(
     name_or_path:str|Path, # hub id, local directory or .gguf file
@@ -241,15 +254,19 @@ def load_backbone(
     chat:bool=True, # False: no chat template, and completions end at an empty line
     verbose:bool=True, # print what was chosen
     template_args:Mapping[str, Any]|None=None, # for the chat template, such as {"enable_thinking": False}
+    load_in:str|None=None, # 4bit or 8bit: the base's weights, on a CUDA card
 )->Backbone: # model, tokenizer and adapters, ready to act
     "Load a language model and give it one LoRA adapter per agent. Raises `BackboneError` if there is no such model."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     where = _check_name(str(name_or_path))
     place = pick_device(device)
     kind = _pick_dtype(place, dtype)
+    more = _rounded(load_in, place, kind, where) if load_in else {}
     try:
         if str(where).endswith(".gguf"): model, tok = _load_gguf(Path(where), kind)
-        else: model, tok = AutoModelForCausalLM.from_pretrained(where, dtype=kind), AutoTokenizer.from_pretrained(where)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, **more)
+            tok = AutoTokenizer.from_pretrained(where)
     except (OSError, KeyError) as e:
         raise BackboneError(f"{name_or_path}: cannot be loaded as a causal language model ({str(e).splitlines()[0]}): "
                             "name a model directory, a .gguf file or a hub id") from e
@@ -257,7 +274,7 @@ def load_backbone(
     tok.padding_side = "left"
     if not chat: tok.chat_template = None
     if adapters: model = add_adapters(model, tuple(adapters), r=r)
-    backbone = Backbone(model.to(place).eval(), tok, tuple(adapters or ()), str(name_or_path), "" if chat else "\n\n",
-                        template_args=dict(template_args or {}))
+    backbone = Backbone((model if load_in else model.to(place)).eval(), tok, tuple(adapters or ()), str(name_or_path),
+                        "" if chat else "\n\n", template_args=dict(template_args or {}))
     if verbose: print(backbone)
     return backbone
