@@ -18,7 +18,8 @@ def run(tmp_path):
     run = Run(tmp_path / "run")
     run.begin({"backbone": EVIL, "data": "chat:/home/ana/secret talk.jsonl", "start": "/home/ana/start", "seed": 0,
                "test_users": ["Ana Secret"], "rank": 4, "prompts": "instruct", "policy": "adapters"})
-    (run.folder / "episodes.json").write_text(json.dumps({"training": ["Ana Secret 1"], "validation": ["b"], "test": []}))
+    episodes = {"training": ["Ana Secret 1"], "validation": ["b"], "test": []}
+    (run.folder / "episodes.json").write_text(json.dumps(episodes))
     run.finish({k: {"r_ret": HALF} for k in ("base", "before", "after")} | {"seconds": 2.0})
     weights = run.folder / "weights" / "profile"
     weights.mkdir(parents=True)

@@ -85,7 +85,8 @@ def test_without_a_user_each_call_names_one():
 def test_lines_that_are_no_protocol_leave_the_server_up(tmp_path):
     ask = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
         "protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}}
-    call = {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": "remember", "arguments": {"text": "a"}}}
+    call = {"jsonrpc": "2.0", "id": 2, "method": "tools/call",
+            "params": {"name": "remember", "arguments": {"text": "a"}}}
     half = json.dumps({**call, "id": 3}).replace('"a"', '"\\ud800"')
     junk = [b"hello", b"\xff\xfe\x00", b"[]", b"{}", b"null", b'{"jsonrpc": "2.0"', b"[" * 9999, half.encode(),
             json.dumps({**call, "id": 4, "params": {"name": 7, "arguments": [1]}}).encode(),

@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..base.files import write_json, write_whole
-from ..base.statistics import Interval
 from .folder import CommandError, Run
 
 # %% ../../nbs/source/runs/14_card.ipynb #8d5f3b5b
@@ -35,6 +34,7 @@ def _on_hub(spec:str|None)->bool: # could it be a hub id?
     return bool(spec) and spec.count("/") == 1 and not Path(spec).exists() and not spec.startswith((".", "/", "~"))
 
 def _scores(summary:dict)->list[str]: # lines of a table
+    from comam_nb.base.statistics import Interval # a command's --help shall not wait for it
     when = [k for k in ("base", "before", "after") if isinstance(summary.get(k), dict)]
     lines = [f"| | {' | '.join(when)} |", "|---" * (len(when) + 1) + "|"]
     for metric in summary["after"]:
@@ -46,8 +46,9 @@ def _scores(summary:dict)->list[str]: # lines of a table
 def _loading(config:dict, repo:str)->str: # Markdown
     get = f"hf download {shlex.quote(_plain(repo))} --local-dir run"
     if not config.get("backbone"):
+        how = f"{_plain(config.get('policy'))!r}, r={int(config.get('rank') or 16)}"
         code = ("from comam_nb.microworld import MicroWorld\nfrom comam_nb.worlds.warm_start import micro_agents\n\n"
-                f"team = micro_agents(MicroWorld(), {_plain(config.get('policy'))!r}, r={int(config.get('rank') or 16)})\n"
+                f"team = micro_agents(MicroWorld(), {how})\n"
                 'team.load("run/weights")')
         return f"```sh\n{get}\n```\n\n```python\n{code}\n```"
     base = shlex.quote(_named(config["backbone"]))
@@ -64,8 +65,8 @@ def write_card(
         if not config or not summary: raise KeyError("config.json or summary.json")
         scores = _scores(summary)
     except (KeyError, TypeError) as e:
-        raise CommandError(f"{run.folder} is no finished run of `comam train` (without {e}): go on with it, with --resume"
-                           ) from None
+        raise CommandError(f"{run.folder} is no finished run of `comam train` (without {e}): go on with it, with "
+                           "--resume") from None
     ids, base = run.read("episodes.json") or {}, config.get("backbone")
     how = {k: config[k] for k in _TOLD if config.get(k) is not None and config[k] is not False}
     libraries = ", ".join(f"{k} {_plain(v)}" for k, v in summary.get("versions", {}).items())

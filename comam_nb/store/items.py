@@ -415,7 +415,7 @@ class MemoryStore:
             self._indexes.drop(*((user, g) for g in _GRANULARITIES))
             return _delete_items(self.file, user, ids)
     def retract(self, user:str, ids:Iterable[str])->tuple[int,int]: # of these items, and of the profile beside them
-        "Forget these items and, with a fact, the profile made from it; raises `StoreError` for an id that is not there."
+        "Forget these items and, with a fact, the profile made from it; raises `StoreError` for an unknown id."
         kinds, ids = {i.id: i.granularity for i in self.items(user)}, set(ids)
         if missing := sorted(ids - kinds.keys()):
             raise StoreError(f"{user!r} has no item {missing[0]!r}: nothing was forgotten")
