@@ -59,7 +59,8 @@ def _memory_tools(store:"MemoryStore")->list[Callable[..., dict[str, Any]]]: # e
 def _bank_tool(bank:"ConstraintBank")->Callable[..., dict[str, Any]]:
     "lessons_for."
     from pydantic import Field
-    Text, Label = Annotated[str, Field(min_length=1, max_length=20000)], Annotated[str, Field(max_length=200)]
+    Text = Annotated[str, Field(min_length=1, max_length=20000)]
+    Label = Annotated[str, Field(max_length=200)]
     Few = Annotated[int, Field(ge=1, le=20)]
     def lessons_for(task:Text, category:Label|None=None, subcategory:Label|None=None, k:Few=3)->dict[str, Any]:
         "Lessons from other attempts that may help with a task; none where nothing fits."

@@ -30,8 +30,8 @@ def _named(spec:str|None)->str: # a model or a data set, of a path its last part
     if colon and kind.isalpha(): return _plain(f"{kind}:{','.join(Path(w).name for w in where.split(','))}")
     return _plain(spec if _on_hub(spec) else Path(spec).name)
 
-def _on_hub(spec:str|None)->bool: # could it be a hub id?
-    return bool(spec) and spec.count("/") == 1 and not Path(spec).exists() and not spec.startswith((".", "/", "~"))
+def _on_hub(spec:str)->bool: # could it be a hub id?
+    return spec.count("/") == 1 and not Path(spec).exists() and not spec.startswith((".", "/", "~"))
 
 def _scores(summary:dict)->list[str]: # lines of a table
     from comam_nb.base.statistics import Interval # a command's --help shall not wait for it
@@ -71,7 +71,7 @@ def write_card(
     how = {k: config[k] for k in _TOLD if config.get(k) is not None and config[k] is not False}
     libraries = ", ".join(f"{k} {_plain(v)}" for k, v in summary.get("versions", {}).items())
     head = ["library_name: peft", "tags: [comam, memory, grpo]"]
-    if _on_hub(base): head.append(f"base_model: {json.dumps(_plain(base))}")
+    if base and _on_hub(base): head.append(f"base_model: {json.dumps(_plain(base))}")
     held = "" if ids.get("validation") else " Nothing was held out: the scores are of training episodes."
     parts = ["---\n" + "\n".join(head) + "\n---", "# A memory of three agents, trained jointly",
              "An extraction, a profile and a retrieval agent (CoMAM, arXiv 2603.12631), trained with `comam train`.",
