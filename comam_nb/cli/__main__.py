@@ -13,9 +13,10 @@ from .. import __version__
 from .answer import add_answer
 from .chat import add_chat
 from .evaluate import add_eval
+from .mcp import add_mcp
 from .memory import add_memory
 from .reproduce import add_reproduce
-from .train import add_train
+from .train import add_push, add_train
 from .warm_start import add_warm_start
 
 # %% ../../nbs/source/cli/07_comam.ipynb #5e2f35f1
@@ -25,7 +26,9 @@ def _parser()->argparse.ArgumentParser:
         prog="comam", description="Three agents that build and use a personal memory, trained jointly.")
     p.add_argument("--version", action="version", version=__version__)
     sub = p.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_train, add_answer, add_chat, add_memory, add_eval, add_reproduce, add_warm_start): add(sub)
+    for add in (add_train, add_answer, add_chat, add_memory, add_mcp, add_eval, add_reproduce, add_warm_start,
+                add_push):
+        add(sub)
     return p
 
 # %% ../../nbs/source/cli/07_comam.ipynb #fe16ed3e

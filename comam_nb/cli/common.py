@@ -24,8 +24,7 @@ def _without_template(spec:str)->bool:
     from pathlib import Path
     folder = Path(spec)
     if folder.suffix == ".gguf" and folder.is_file():
-        from gguf import GGUFReader
-        return "tokenizer.chat_template" not in GGUFReader(spec).fields
+        with folder.open("rb") as f: return b"tokenizer.chat_template" not in f.read(2**26) # its head, unparsed
     files = [folder / name for name in ("tokenizer_config.json", "chat_template.jinja", "chat_template.json")]
     if not files[0].is_file(): return False # a hub id: unknown
     return "chat_template" not in files[0].read_text(encoding="utf-8") and not any(f.is_file() for f in files[1:])
@@ -37,10 +36,12 @@ def add_model_arguments(
     p:argparse.ArgumentParser, # of a command that can read with a language model
     max_new_tokens:int=96, # the command's default
 )->None:
-    "--dtype, --device, --rank, --context, --prompts and --max-new-tokens."
+    "--dtype, --load-in, --device, --rank, --context, --prompts and --max-new-tokens."
     p.add_argument("--max-new-tokens", type=int, help="tokens that an agent may write, with --backbone "
                    f"(default {max_new_tokens})")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="weights' type (default: chosen)")
+    p.add_argument("--load-in", choices=("4bit", "8bit"), help="load the base rounded, with bitsandbytes, on a CUDA "
+                   "card (default: as --dtype says)")
     p.add_argument("--device", help="torch device (default: CUDA, else MPS, else CPU)")
     p.add_argument("--rank", type=int, help="LoRA rank (default 16)")
     p.add_argument("--context", type=int, help="tokens of the model's context to use; longer sessions are split "
@@ -104,7 +105,7 @@ def language_team(
     def load():
         chat = args.prompts == "instruct"
         model = load_backbone(args.backbone, adapters=None, dtype=args.dtype, device=args.device, chat=chat,
-                              verbose=False)
+                              verbose=False, load_in=args.load_in)
         return replace(model, context=args.context)
     backbone = {name: load() for name in prompts} if policy == "separate" else load()
     return make_team(backbone, policy, r=args.rank, **each)

@@ -70,13 +70,11 @@ def _search(args, store)->None:
 
 def _forget(args, store)->None:
     _users(args, store)
-    if missing := sorted(set(args.id or ()) - {i.id for i in store.items(args.user)}):
-        raise CommandError(f"{args.user!r} has no item {missing[0]!r}: nothing was forgotten; see `comam memory list`")
-    facts = args.id is None or any(i.granularity == "fine" and i.id in args.id for i in store.items(args.user))
-    profile = [i.id for i in store.items(args.user, "coarse")] if facts and args.id else []
-    print(f"{store.forget(args.user, args.id)} items are deleted")
-    if n := store.forget(args.user, profile) if profile else 0:
-        print(f"the profile was made from such facts: its {n} items are deleted, the next answer writes it anew")
+    if args.id is None: n, profile = store.forget(args.user), 0
+    else: n, profile = store.retract(args.user, args.id)
+    print(f"{n} items are deleted")
+    if profile:
+        print(f"the profile was made from such facts: its {profile} items are deleted, the next answer writes it anew")
 
 # %% ../../nbs/source/cli/06_memory.ipynb #9ac966ce
 def _export(args, store)->None:

@@ -7,11 +7,13 @@ __all__ = []
 
 # %% ../../nbs/source/cli/02_train.ipynb #b0535460
 import argparse, os, random, time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import add_model_arguments, add_split_arguments, fill_model_arguments
 from .common import language_team, read_split, rewards_of
+from ..runs.card import check_repo, push_run, write_card
 from ..runs.folder import CommandError, Run, fresh_dir, on_signals
 from ..runs.sources import DATA_KINDS, fit_episodes
 
@@ -23,7 +25,8 @@ _DEFAULTS = {"microworld": dict(steps=100, episodes_per_step=16, group_size=8, l
              "microworld with --backbone": dict(steps=60, episodes_per_step=4, group_size=8, lr=1e-4, eval_episodes=100,
                                                 eval_batch=32),
              "llm": dict(steps=20, episodes_per_step=1, group_size=4, lr=2e-5, eval_episodes=32, eval_batch=4)}
-_LLM_ONLY = ("dtype", "context", "prompts", "max_new_tokens")
+_LLM_ONLY = ("dtype", "load_in", "context", "prompts", "max_new_tokens")
+_REPORTS = ("trackio", "tensorboard", "wandb")
 _FILE_ONLY = ("max_prompt_tokens", "split", "split_seed", "validation_users", "test_users")
 
 def add_train(
@@ -74,6 +77,12 @@ def add_train(
     p.add_argument("--eval-batch", type=int, help=argparse.SUPPRESS)
     p.add_argument("--max-prompt-tokens", type=int, help="tokens of history in a training prompt, with --backbone "
                    "(default 1024)")
+    p.add_argument("--report-to", nargs="+", choices=_REPORTS, help="also log to these, by transformers' own "
+                   "integrations; each needs its package (default: none)")
+    p.add_argument("--push-to-hub", metavar="USER/NAME", help="afterwards, send weights and model card to this "
+                   "repository of the Hugging Face hub")
+    p.add_argument("--public", action="store_true", help="with --push-to-hub: a new repository is for everybody "
+                   "(default: private)")
     add_split_arguments(p)
     add_model_arguments(p)
 
@@ -92,6 +101,11 @@ def _fill_defaults(args):
     for k in ("steps", "episodes_per_step", "eval_episodes", "eval_batch", "micro_batches", "max_prompt_tokens"):
         if getattr(args, k) < 1:
             raise CommandError(f"--{k.replace('_', '-')} must be at least 1, not {getattr(args, k)}")
+    for package in args.report_to or ():
+        if find_spec(package) is None:
+            raise CommandError(f"--report-to {package} needs the package `{package}`: pip install {package}")
+    if args.public and not args.push_to_hub: raise CommandError("--public goes with --push-to-hub")
+    if args.push_to_hub: check_repo(args.push_to_hub) # before hours are spent
     if args.save_steps < 0: raise CommandError(f"--save-steps cannot be negative: {args.save_steps}")
     if args.temperature <= 0:
         raise CommandError(f"--temperature must be above 0, not {args.temperature}: a greedy group is G times the same "
@@ -159,7 +173,7 @@ def _joint_config(args, out:Path)->"CoMAMConfig":
         learning_rate=args.lr, lr_scheduler_type="linear", micro_batches_per_agent=args.micro_batches,
         credit=args.credit, credit_temperature=args.credit_temperature, credit_rescale=args.rescale,
         credit_rule=args.rule, seed=args.seed, sampling=args.sampling, engine=args.engine,
-        disable_tqdm=True,
+        disable_tqdm=True, report_to=args.report_to or "none",
         use_cpu=pick_device(args.device).type == "cpu", run_on=args.device,
         save_strategy="steps" if args.save_steps else "no", save_steps=args.save_steps or 500, save_total_limit=2)
 
@@ -216,9 +230,11 @@ def _train_in(run:Run, args):
     run.finish({**start, "before": _intervals(before), "after": _intervals(after), "steps": args.steps,
                 "seconds": seconds,
                 "seed": args.seed})
+    write_card(run)
     kind = "held-out" if split.validation else "training (nothing is held out)"
     print(f"\n{len(evaluated)} {kind} episodes, mean and 95 % interval:\n{before_after(before, after, base)}\n\n"
           f"{seconds:.0f} s; everything is in {out}")
+    if args.push_to_hub: print(f"sent to {push_run(run, args.push_to_hub, args.public)}")
 
 # %% ../../nbs/source/cli/02_train.ipynb #9d747e4b
 def _stop(*_): raise KeyboardInterrupt
@@ -240,4 +256,20 @@ def _train(args)->int:
         last = run.checkpoint()
         where = f"from {last}" if last else "from the beginning, because there is no checkpoint yet"
         raise KeyboardInterrupt(f"{e or 'stopped'}; the same command with --resume goes on {where}") from None
+    return 0
+
+# %% ../../nbs/source/cli/02_train.ipynb #d9be7d23
+def add_push(
+    sub:argparse._SubParsersAction, # of `comam`
+)->None:
+    "Declare `comam push`."
+    p = sub.add_parser("push", help="send a finished run's weights and model card to the Hugging Face hub")
+    p.set_defaults(run=_push)
+    p.add_argument("--run", dest="folder", required=True, metavar="DIR", help="of `comam train`")
+    p.add_argument("--repo", required=True, metavar="USER/NAME", help="the repository; made if it is not there")
+    p.add_argument("--public", action="store_true", help="a new repository is for everybody (default: private)")
+
+def _push(args)->int: # exit code
+    "`comam push`."
+    print(f"sent to {push_run(Run(args.folder), args.repo, args.public)}")
     return 0

@@ -6,15 +6,19 @@
 __all__ = ['pick_device', 'Backbone', 'prompt_ids', 'template_length', 'load_backbone']
 
 # %% ../../nbs/source/lm/03_backbone.ipynb #d8fdbab9
+import json, os, shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..base.errors import BackboneError
+from ..base.errors import BackboneError, MemCollabError
+from ..base.files import lock_file, text_hash, write_json
 from .lora import add_adapters
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
@@ -114,7 +118,8 @@ def template_length(
     return known[state]
 
 # %% ../../nbs/source/lm/03_backbone.ipynb #a25da556
-def _load_gguf(path, dtype):
+def _convert_gguf(path):
+    "Model in float32 and tokenizer."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     if find_spec("gguf") is None:
         raise BackboneError(f"{path}: reading GGUF needs the package `gguf`: pip install 'comam_nb[gguf]'")
@@ -123,7 +128,92 @@ def _load_gguf(path, dtype):
     model = type(loaded)(type(loaded.config)(**settings))
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
-    return model.to(dtype), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+# %% ../../nbs/source/lm/03_backbone.ipynb #e83adc78
+_CONVERSION = 1 # counts up when `_convert_gguf` gives something else
+
+def _copy_place(path)->Path|None: # where the copy of a GGUF file lies; None: none is wanted
+    base = os.environ.get("COMAM_CACHE")
+    if base == "": return None
+    cache = Path(base or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "comam_nb").expanduser()
+    return cache / "gguf" / f"{path.stem}-{text_hash(str(path.resolve()))}"
+
+def _origin(path)->dict:
+    from transformers import __version__ as transformers
+    about = path.stat()
+    return {"file": str(path.resolve()), "bytes": about.st_size, "changed": about.st_mtime_ns,
+            "conversion": _CONVERSION, "transformers": transformers}
+
+def _sizes(folder)->dict[str, int]: # bytes of each file but our own
+    return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.name != "made_from.json"}
+
+def _why_again(place, path)->str: # "": nothing
+    "What is wrong with a copy."
+    try: made = json.loads((place / "made_from.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError): return "nothing says what it was made from"
+    if not isinstance(made, dict) or {k: made.get(k) for k in _origin(path)} != _origin(path):
+        return "the file, or what converts it, has changed"
+    return "" if made.get("files") == _sizes(place) else "it is not whole"
+
+# %% ../../nbs/source/lm/03_backbone.ipynb #37fef3ac
+def _keep_copy(model, tok, path, place):
+    "Write the copy aside, see that the tokenizer comes back as it was, and put it in its place."
+    from transformers import AutoTokenizer
+    for left in place.parent.glob(f".{place.name}-*"): shutil.rmtree(left) # of a process that was killed
+    aside = Path(mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+    try:
+        model.save_pretrained(aside)
+        tok.save_pretrained(aside)
+        again = AutoTokenizer.from_pretrained(aside)
+        if again.backend_tokenizer.to_str() != tok.backend_tokenizer.to_str():
+            raise ValueError("its tokenizer would not come back as it is")
+        write_json(aside / "made_from.json", {**_origin(path), "files": _sizes(aside)})
+        if place.exists(): shutil.rmtree(place)
+        aside.rename(place)
+    finally: shutil.rmtree(aside, ignore_errors=True)
+
+def _take_copy(place, path): # model in float32 and tokenizer, or None
+    "The copy, if there is a good one; says what is wrong with a bad one."
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    if not place.exists(): return None
+    why = _why_again(place, path)
+    try:
+        if not why:
+            model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+            model.name_or_path = model.config._name_or_path = "" # adapters shall not name our cache as their base
+            return model, AutoTokenizer.from_pretrained(place)
+    except Exception as e: why = f"it cannot be read ({type(e).__name__})" # whatever readers of damaged files raise
+    print(f"{place}: {why}: it is made again", flush=True)
+    return None
+
+# %% ../../nbs/source/lm/03_backbone.ipynb #2836c8f0
+_say_once = cache(lambda line: print(line, flush=True))
+
+def _convert_and_keep(path, place): # model in float32 and tokenizer
+    "Convert, and keep a copy if that is possible."
+    late = not place.exists()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(f"{place}.gguf", wait=True) # others that load the same file wait, and take the copy
+    except (OSError, MemCollabError) as e:
+        _say_once(f"{path} is converted each time, because no copy can be kept ({e}): name a folder with COMAM_CACHE")
+        return _convert_gguf(path)
+    try:
+        if late and (made := _take_copy(place, path)): return made # by another process, while we waited
+        print(f"{path} is converted, once: a copy is kept in {place}", flush=True)
+        model, tok = _convert_gguf(path)
+        try: _keep_copy(model, tok, path, place)
+        except (OSError, ValueError) as e: print(f"no copy of {path} is kept: {e}", flush=True)
+        return model, tok
+    finally: lock.release()
+
+def _load_gguf(path, dtype):
+    "From the copy, or by converting."
+    place = _copy_place(path)
+    if place is None: model, tok = _convert_gguf(path)
+    else: model, tok = _take_copy(place, path) or _convert_and_keep(path, place)
+    return model.to(dtype), tok
 
 # %% ../../nbs/source/lm/03_backbone.ipynb #6e2c759c
 def _check_name(name):
@@ -141,6 +231,19 @@ def _check_name(name):
         raise BackboneError(f"{name}: no such directory")
     return path if path.exists() else name
 
+# %% ../../nbs/source/lm/03_backbone.ipynb #e07a10b7
+def _rounded(load_in, place, dtype, name)->dict[str, Any]: # arguments of `from_pretrained`
+    "Raises `BackboneError` where weights cannot be loaded in so few bits."
+    if load_in not in ("4bit", "8bit"): raise BackboneError(f"unknown load_in {load_in!r}: use 4bit or 8bit")
+    if str(name).endswith(".gguf"): raise BackboneError(f"load_in={load_in}: {name} is rounded already: leave load_in")
+    if find_spec("bitsandbytes") is None:
+        raise BackboneError(f"load_in={load_in} needs the package `bitsandbytes`: pip install bitsandbytes")
+    if place.type != "cuda": raise BackboneError(f"load_in={load_in} needs a CUDA card, and this runs on {place}")
+    from transformers import BitsAndBytesConfig
+    four = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    config = BitsAndBytesConfig(**(four if load_in == "4bit" else dict(load_in_8bit=True)))
+    return {"quantization_config": config, "device_map": {"": str(place)}}
+
 # %% ../../nbs/source/lm/03_backbone.ipynb #b6cd1716
 def load_backbone(
     name_or_path:str|Path, # hub id, local directory or .gguf file
@@ -151,15 +254,19 @@ def load_backbone(
     chat:bool=True, # False: no chat template, and completions end at an empty line
     verbose:bool=True, # print what was chosen
     template_args:Mapping[str, Any]|None=None, # for the chat template, such as {"enable_thinking": False}
+    load_in:str|None=None, # 4bit or 8bit: the base's weights, on a CUDA card
 )->Backbone: # model, tokenizer and adapters, ready to act
     "Load a language model and give it one LoRA adapter per agent. Raises `BackboneError` if there is no such model."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     where = _check_name(str(name_or_path))
     place = pick_device(device)
     kind = _pick_dtype(place, dtype)
+    more = _rounded(load_in, place, kind, where) if load_in else {}
     try:
         if str(where).endswith(".gguf"): model, tok = _load_gguf(Path(where), kind)
-        else: model, tok = AutoModelForCausalLM.from_pretrained(where, dtype=kind), AutoTokenizer.from_pretrained(where)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, **more)
+            tok = AutoTokenizer.from_pretrained(where)
     except (OSError, KeyError) as e:
         raise BackboneError(f"{name_or_path}: cannot be loaded as a causal language model ({str(e).splitlines()[0]}): "
                             "name a model directory, a .gguf file or a hub id") from e
@@ -167,7 +274,7 @@ def load_backbone(
     tok.padding_side = "left"
     if not chat: tok.chat_template = None
     if adapters: model = add_adapters(model, tuple(adapters), r=r)
-    backbone = Backbone(model.to(place).eval(), tok, tuple(adapters or ()), str(name_or_path), "" if chat else "\n\n",
-                        template_args=dict(template_args or {}))
+    backbone = Backbone((model if load_in else model.to(place)).eval(), tok, tuple(adapters or ()), str(name_or_path),
+                        "" if chat else "\n\n", template_args=dict(template_args or {}))
     if verbose: print(backbone)
     return backbone

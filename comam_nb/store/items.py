@@ -472,6 +472,15 @@ class MemoryStore:
         with self.file.lock:
             self._indexes.drop(*((user, g) for g in _GRANULARITIES))
             return _delete_items(self.file, user, ids)
+    def retract(self, user:str, ids:Iterable[str])->tuple[int,int]: # of these items, and of the profile beside them
+        "Forget these items and, with a fact, the profile made from it; raises `StoreError` for an unknown id."
+        kinds, ids = {i.id: i.granularity for i in self.items(user)}, set(ids)
+        if missing := sorted(ids - kinds.keys()):
+            raise StoreError(f"{user!r} has no item {missing[0]!r}: nothing was forgotten")
+        coarse = {i for i, kind in kinds.items() if kind == "coarse"}
+        gone = ids | coarse if ids - coarse else ids
+        self.forget(user, sorted(gone))
+        return len(ids), len(gone - ids)
     def search(self, query:str, user:str, k:int=5, granularity:str|None=None)->list[_Hit]: # up to k, best first
         "The user's k most similar items, exactly as brute force finds them; raises `StoreError` for k < 1."
         for name, text in (("query", query), ("user", user)): _check_text(name, text, "search")
