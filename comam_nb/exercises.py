@@ -138,10 +138,45 @@ _EXERCISES |= {} # chapter 9
 _EXERCISES |= {} # chapter 10
 
 # %% ../nbs/source/base/10_exercises.ipynb #93a0b4e2
-_EXERCISES |= {} # chapter 11
+_EXERCISES |= {
+    "11.1": _Exercise(
+        "c", "b - a + 1 and b - a differ by one for every a and b: on pages, exactly one of the two habits is right.",
+        (("a", "From 1 to 2, counting both ends gives 2 pages, skipping one end gives 1."),
+         ("b", "From 7 to 7 there is one page, and whoever skips one end says 0."))),
+    "11.2": _Exercise(
+        0.625, "Five of the eight that were judged. A program that runs too long is the model's own failure.",
+        ((0.5, "Five of all ten. But the one that was cut off and the one that was refused say nothing about the agent."),
+         (5 / 7, "You left out the program that ran out of time. That failure is the model's, and counts as wrong."))),
+    "11.3": _Exercise(
+        lambda right, wrong: [line for line in right.splitlines() if line not in wrong.splitlines()],
+        "This is the raw difference of two attempts. It holds the step, and the handwriting too.",
+        ((lambda right, wrong: [line for line in right.splitlines() if line not in wrong],
+          "`line in wrong` looks for a piece of text: the line 6 is found inside 16. Split both texts into lines."),
+         (lambda right, wrong: [line for line in wrong.splitlines() if line not in right.splitlines()],
+          "These are the lines of the wrong attempt. Which one did it right?")),
+        (("count both ends\n6\nThe answer is 6", "well now\nskip one end\nwhich makes 5\nThe answer is 5"),
+         ("drop the sign\n6\nso", "keep the sign\n16\nso"), ("same\nsame", "same")))}
 
 # %% ../nbs/source/base/10_exercises.ipynb #fea60b78
-_EXERCISES |= {} # chapter 12
+_EXERCISES |= {
+    "12.1": _Exercise(
+        lambda w_right, s_right: "ws" if w_right else "sw",
+        "The verdict of the strong attempt is never looked at: with two wrong ones the strong error is preferred.",
+        ((lambda w_right, s_right: "sw" if s_right else "ws",
+          "You prefer the strong attempt when it is right. Eq. 2 asks about the weak one first."),
+         (lambda w_right, s_right: "ws" if w_right and not s_right else "sw",
+          "Where both are right, Eq. 2 prefers the weak one: it only asks whether the weak one is right.")),
+        ((True, False), (False, True), (True, True), (False, False))),
+    "12.2": _Exercise(
+        42, "The 36 of before, and the six tasks that both solved: there one right attempt is preferred to another.",
+        ((36, "That is the verified policy. any_right also takes tasks that both solved."),
+         (48, "That is Eq. 2 as printed. any_right leaves out the six tasks that nobody solved."),
+         (6, "These are the new ones. The 36 verified pairs are there as well."))),
+    "12.3": _Exercise(
+        1 - 17 / 36, "9/9 - 17/36 = .53, below the .75 of skip one end: half of it was habit.",
+        ((1.0, "That is its share in the category. Take off what is usual over all 36 pairs."),
+         (-8 / 36, "You took counts over the same 36 pairs. The first share is over the nine pairs of its category."),
+         (17 / 36 - 1, "The right size with the wrong sign: it is the category's share less the usual one.")))}
 
 # %% ../nbs/source/base/10_exercises.ipynb #3b5e0b4e
 _EXERCISES |= {} # chapter 13

@@ -17,7 +17,8 @@ from ..checks.constraints import Constraint
 from ..checks.tasks import Task
 from .arms import (Arm, Training, buffer_of_thoughts, cheatsheet,
                                      leave_out, make_training, reseed)
-from .attempts import Attempt, Solver, solve
+from .attempts import Attempt, Solver
+from .solving import solve
 from .bank import ConstraintBank
 from .results import Results
 from .trial import trial
