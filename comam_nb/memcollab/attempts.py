@@ -280,7 +280,7 @@ class Attempt:
         return cls(**{**d, "messages": said, "memory": tuple(d["memory"]),
                       "verdict": verdict})
     @classmethod
-    def journal(cls, path:str|Path)->"Journal[Attempt]": # open, for several `solve`
+    def journal(cls, path:str|Path|None)->"Journal[Attempt]": # open, for several `solve`
         return Journal(path, cls.from_json, '{"task_id"', "attempt")
     def _repr_html_(self)->str: return side_by_side(self)
 
