@@ -145,7 +145,7 @@ _EXERCISES |= {
          ("b", "From 7 to 7 there is one page, and whoever skips one end says 0."))),
     "11.2": _Exercise(
         0.625, "Five of the eight that were judged. A program that runs too long is the model's own failure.",
-        ((0.5, "Five of all ten. But the one that was cut off and the one that was refused say nothing about the agent."),
+        ((0.5, "Five of all ten. But those that were cut off or refused say nothing about the agent."),
          (5 / 7, "You left out the program that ran out of time. That failure is the model's, and counts as wrong."))),
     "11.3": _Exercise(
         lambda right, wrong: [line for line in right.splitlines() if line not in wrong.splitlines()],
