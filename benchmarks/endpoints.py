@@ -8,7 +8,8 @@ import argparse, json, os, platform, statistics, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from comam_nb.checks.tasks import Task
-from comam_nb.memcollab.attempts import Solver, solve
+from comam_nb.memcollab.attempts import Solver
+from comam_nb.memcollab.solving import solve
 from comam_nb.lm.recorded import open_chat
 
 

@@ -215,13 +215,94 @@ _EXERCISES |= {
 _EXERCISES |= {} # chapter 10
 
 # %% ../nbs/source/base/10_exercises.ipynb #93a0b4e2
-_EXERCISES |= {} # chapter 11
+_EXERCISES |= {
+    "11.1": _Exercise(
+        "c", "b - a + 1 and b - a differ by one for every a and b: on pages, exactly one of the two habits is right.",
+        (("a", "From 1 to 2, counting both ends gives 2 pages, skipping one end gives 1."),
+         ("b", "From 7 to 7 there is one page, and whoever skips one end says 0."))),
+    "11.2": _Exercise(
+        0.625, "Five of the eight that were judged. A program that runs too long is the model's own failure.",
+        ((0.5, "Five of all ten. But those that were cut off or refused say nothing about the agent."),
+         (5 / 7, "You left out the program that ran out of time. That failure is the model's, and counts as wrong."))),
+    "11.3": _Exercise(
+        lambda right, wrong: [line for line in right.splitlines() if line not in wrong.splitlines()],
+        "This is the raw difference of two attempts. It holds the step, and the handwriting too.",
+        ((lambda right, wrong: [line for line in right.splitlines() if line not in wrong],
+          "`line in wrong` looks for a piece of text: the line 6 is found inside 16. Split both texts into lines."),
+         (lambda right, wrong: [line for line in wrong.splitlines() if line not in right.splitlines()],
+          "These are the lines of the wrong attempt. Which one did it right?")),
+        (("count both ends\n6\nThe answer is 6", "well now\nskip one end\nwhich makes 5\nThe answer is 5"),
+         ("drop the sign\n6\nso", "keep the sign\n16\nso"), ("same\nsame", "same")))}
 
 # %% ../nbs/source/base/10_exercises.ipynb #fea60b78
-_EXERCISES |= {} # chapter 12
+_EXERCISES |= {
+    "12.1": _Exercise(
+        lambda w_right, s_right: "ws" if w_right else "sw",
+        "The verdict of the strong attempt is never looked at: with two wrong ones the strong error is preferred.",
+        ((lambda w_right, s_right: "sw" if s_right else "ws",
+          "You prefer the strong attempt when it is right. Eq. 2 asks about the weak one first."),
+         (lambda w_right, s_right: "ws" if w_right and not s_right else "sw",
+          "Where both are right, Eq. 2 prefers the weak one: it only asks whether the weak one is right.")),
+        ((True, False), (False, True), (True, True), (False, False))),
+    "12.2": _Exercise(
+        42, "The 36 of before, and the six tasks that both solved: there one right attempt is preferred to another.",
+        ((36, "That is the verified policy. any_right also takes tasks that both solved."),
+         (48, "That is Eq. 2 as printed. any_right leaves out the six tasks that nobody solved."),
+         (6, "These are the new ones. The 36 verified pairs are there as well."))),
+    "12.3": _Exercise(
+        1 - 17 / 36, "9/9 - 17/36 = .53, below the .75 of skip one end: half of it was habit.",
+        ((1.0, "That is its share in the category. Take off what is usual over all 36 pairs."),
+         (-8 / 36, "You took counts over the same 36 pairs. The first share is over the nine pairs of its category."),
+         (17 / 36 - 1, "The right size with the wrong sign: it is the category's share less the usual one.")))}
 
 # %% ../nbs/source/base/10_exercises.ipynb #3b5e0b4e
-_EXERCISES |= {} # chapter 13
+_EXERCISES |= {
+    "13.1": _Exercise(
+        58, "All 64 with right labels; .9 of 64 is 57.6. The filter is as good as the sorting, and no better.",
+        ((64, "That is the first number, with all labels right. One task of ten is sorted wrongly now."),
+         (39, "That is without a filter, by common words."),
+         (6, "These are the tasks that get a wrong lesson. How many get the right one?"))),
+    "13.2": _Exercise(
+        3, "t2 brings one entry and t1 both of its two: K is an upper limit, not a quota.",
+        ((9, "That is the first number, 3 times 3. Here two samples are asked for, and t2 has only one entry."),
+         (6, "Two times three, if each sample had three entries. How many do t2 and t1 have?"),
+         (2, "p counts source samples, not entries: t1 brings both of its entries."))),
+    "13.3": _Exercise(
+        "b", "It must keep away from the task under test. Other tasks of the study did not make it.",
+        (("a", "For t10 the answer may have leaked into the lesson: that task must do without it."),
+         ("c", "That would be safe and wasteful: the other tasks of the study did not help to make it.")))}
 
 # %% ../nbs/source/base/10_exercises.ipynb #392d4164
-_EXERCISES |= {} # chapter 14
+_EXERCISES |= {
+    "14.1": _Exercise(
+        (0.05 + 2 * 0.55) / 3, "One time in three the sister's lesson leads into the error (.05), else habit (.55).",
+        ((0.55, "That would be so if all three lessons were passed over. The sister's is followed."),
+         (2 * 0.55 / 3, "Nearly: the sister's lesson is followed only 19 times out of 20, and .05 are right by that."),
+         ((0.95 + 2 * 0.55) / 3, "The sister's lesson is followed, but it is wrong here: .05 are right, not .95.")),
+        near=6e-3),
+    "14.2": _Exercise(
+        1 - 0.95**10, "1 - .95^10 = .40: with ten useless arms a success is nearly as likely as not.",
+        ((0.05, "That is one arm. There are ten chances."),
+         (0.5, "Ten times .05 is the expected number of successes, not the probability of at least one."),
+         (0.95**10, "That is the probability that none succeeds.")),
+        near=6e-3),
+    "14.3": _Exercise(
+        "c", "The network's failure is nobody's wrong answer: the next run asks again.",
+        (("a", "Then the memory would learn that the network is bad at algebra."),
+         ("b", "refused is an answer of the server about this request. A 500 says only that it is unwell."))),
+    "14.4": _Exercise(
+        "b", "Verified pairs need exactly one right attempt.",
+        (("a", "That is Eq. 2 as printed, policy='paper'."),
+         ("c", "That was a policy of our own, to show how one is written."))),
+    "14.5": _Exercise(
+        "b", "It is chatty's manner. Where chatty is right, it says so too.",
+        (("a", "So often, because the same author makes all the mistakes of this category."),
+         ("c", "Counting found all four decisions, once each author's habits were taken off."))),
+    "14.6": _Exercise(
+        "b", "First the label, then the words: in the right category a lesson needs no common word.",
+        (("a", "TF-IDF knows words as they are written, and no synonyms."),
+         ("c", "That was the luck of the six of 31, without the filter."))),
+    "14.7": _Exercise(
+        "c", "As many words about housework did the same. What helped was not what the lessons say.",
+        (("a", "The placebo gained as much, and it knows nothing about the tasks."),
+         ("b", "Gains of two arms are not added: compare the arms with each other.")))}

@@ -14,7 +14,8 @@ from comam_nb.lm.decoding import sample_group
 from comam_nb.lm.endpoints import EndpointChat, EndpointPool
 from comam_nb.lm.recorded import RecordingChat, ReplayChat, open_chat
 from comam_nb.mdp import State
-from comam_nb.memcollab.attempts import Solver, solve
+from comam_nb.memcollab.attempts import Solver
+from comam_nb.memcollab.solving import solve
 from fake_server import Script, ask, completion
 from test_memcollab_trajectories import numbers, plain
 

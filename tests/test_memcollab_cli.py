@@ -12,7 +12,7 @@ from comam_nb.cli import memcollab_tasks
 from comam_nb.memcollab.bank import ConstraintBank
 from comam_nb.cli.memcollab import main
 from comam_nb.checks.constraints import Constraint
-from comam_nb.memcollab.attempts import load_attempts
+from comam_nb.memcollab.solving import load_attempts
 
 ROOT = Path(__file__).resolve().parents[1]
 LESSON = "When pears are found, enforce adding them to what was there; avoid repeating the first amount."

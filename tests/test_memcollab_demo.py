@@ -15,7 +15,8 @@ from comam_nb.worlds.schools import (_CHOICES, _HABITS, INVARIANTS, _MODELS, _OP
                                      make_tasks, _probe, _procedure, _steps, stock_phrases,
                                      _train_demo, _values_in, _write_trace)
 from comam_nb.checks.code_answers import check
-from comam_nb.memcollab.attempts import solve, with_memory
+from comam_nb.memcollab.attempts import with_memory
+from comam_nb.memcollab.solving import solve
 
 WEIGHTS = Path(comam_nb.__file__).parent / "weights" / "memcollab_demo"
 seeds = st.integers(0, 10**9)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from comam_nb.memcollab.attempts import load_attempts
+from comam_nb.memcollab.solving import load_attempts
 
 pytestmark = pytest.mark.slow # minutes with a 135M model
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,7 +16,8 @@ from comam_nb.base.errors import ChatDown
 from comam_nb.lm.endpoints import EndpointChat
 from comam_nb.lm.recorded import RecordingChat, ReplayChat, open_chat
 from comam_nb.lm.chat import LocalChat, Reply, _chat_ids
-from comam_nb.memcollab.attempts import Solver, Attempt, load_attempts, side_by_side, solve
+from comam_nb.memcollab.attempts import Solver, Attempt, side_by_side
+from comam_nb.memcollab.solving import load_attempts, solve
 from fake_server import Script, Server, ask, completion, echo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -589,7 +590,8 @@ KILLED = """if 1:
     import sys
     from comam_nb.checks.tasks import Task
     from comam_nb.lm.endpoints import EndpointChat
-    from comam_nb.memcollab.attempts import Solver, solve
+    from comam_nb.memcollab.attempts import Solver
+    from comam_nb.memcollab.solving import solve
     url, path, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
     tasks = [Task(f"n{i}", f"Write down the number {i}", check={"kind": "math", "answer": str(i)}) for i in range(n)]
     chat = EndpointChat(url, "m", backoff=0.01, timeout=5, workers=4)

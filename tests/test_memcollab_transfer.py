@@ -12,7 +12,8 @@ from comam_nb.base.errors import MemCollabError
 from comam_nb.checks.tasks import Task
 from comam_nb.base.errors import ChatDown
 from comam_nb.lm.chat import Reply
-from comam_nb.memcollab.attempts import Solver, solve
+from comam_nb.memcollab.attempts import Solver
+from comam_nb.memcollab.solving import solve
 from comam_nb.base.files import text_hash
 from comam_nb.memcollab.arms import (Arm, _chores, _model_note, _model_template, _placebo_text, _Reseeded, gather,
                                      reseed)

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from comam_nb.checks.code_answers import check
 from comam_nb.checks.constraints import parse_constraints, validate
-from comam_nb.memcollab.attempts import load_attempts
+from comam_nb.memcollab.solving import load_attempts
 from comam_nb.studies.schools_in_words import WordSchools
 from comam_nb.worlds.schools_in_words import FAMILIES, school_rows, word_tasks
 from comam_nb.worlds.warm_start import tiny_llama

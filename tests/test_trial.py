@@ -8,7 +8,8 @@ from comam_nb.base.errors import ChatDown, MemCollabError
 from comam_nb.checks.constraints import Constraint, merge
 from comam_nb.checks.tasks import Task
 from comam_nb.lm.chat import Reply
-from comam_nb.memcollab.attempts import Solver, load_attempts
+from comam_nb.memcollab.attempts import Solver
+from comam_nb.memcollab.solving import load_attempts
 from comam_nb.memcollab.bank import ConstraintBank
 from comam_nb.memcollab.trial import trial
 

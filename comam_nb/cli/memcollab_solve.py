@@ -25,7 +25,7 @@ def add_solve(
 # %% ../../nbs/source/cli/10_memcollab_solve.ipynb #803b7d1a
 def _answer(job, recall, bank, solver): # exit code
     from comam_nb.checks.tasks import Task
-    from comam_nb.memcollab.attempts import solve
+    from comam_nb.memcollab.solving import solve
     query = job.args.prompt
     if not query.strip(): raise CommandError("the prompt is empty")
     labels = recall.labels(bank, query, job.sorter(solver.chat))

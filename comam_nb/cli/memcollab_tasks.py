@@ -217,7 +217,7 @@ def _look_at_bank(path, create=False):
     return ConstraintBank(path, create=False)
 
 def _attempt(tasks, solvers, path, memory, samples, quiet):
-    from comam_nb.memcollab.attempts import load_attempts, solve
+    from comam_nb.memcollab.solving import load_attempts, solve
     if Path(path).is_file():
         names, hashes = {s.name for s in solvers.values()}, {t.hash for t in tasks}
         there = sum(t.solver in names and t.task_hash in hashes for t in load_attempts(path))

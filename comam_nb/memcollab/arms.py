@@ -19,7 +19,8 @@ from ..base.files import text_hash
 from ..checks.constraints import Constraint, merge, parse_constraints, validate
 from ..checks.tasks import Task
 from ..lm.recorded import RecordingChat
-from .attempts import Attempt, Solver, quote, solve
+from .attempts import Attempt, Solver, quote
+from .solving import solve
 from .bank import ConstraintBank
 from .contrast import Pair, distill, pair
 from .effects import OfflineDistiller, step_phrases

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_K', 'Pair', 'pair', 'provenance', 'pair_models', 'distill_prompt', 'distill']
 
-# %% ../../nbs/book/12_contrast.ipynb #e03fb33a
+# %% ../../nbs/book/12_contrast.ipynb #dbaddd15
 import html
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from ..checks.tasks import Task
 from ..lm.chat import Chat
 from .attempts import Attempt, quote
 
-# %% ../../nbs/book/12_contrast.ipynb #96f78d0e
+# %% ../../nbs/book/12_contrast.ipynb #9f641088
 def _paper_policy(
     group:list[Attempt], # at one task, weakest solver first
 )->list[tuple[Attempt, Attempt]]: # (preferred, not preferred)
@@ -28,25 +28,25 @@ def _paper_policy(
     best = next((t for t in group if t.right), group[-1])
     return [(best, t) for t in group if t is not best]
 
-# %% ../../nbs/book/12_contrast.ipynb #136a1f9f
+# %% ../../nbs/book/12_contrast.ipynb #0fcd5021
 def _verified_policy(
     group:list[Attempt], # at one task, weakest solver first
 )->list[tuple[Attempt, Attempt]]: # (preferred, not preferred)
     "Exactly one of the two is right: the weakest right attempt against every wrong one."
     return [(a, b) for a, b in _paper_policy(group) if a.right and not b.right]
 
-# %% ../../nbs/book/12_contrast.ipynb #9fe45ede
+# %% ../../nbs/book/12_contrast.ipynb #ee59605f
 def _any_right_policy(
     group:list[Attempt], # at one task, weakest solver first
 )->list[tuple[Attempt, Attempt]]: # (preferred, not preferred)
     "The preferred attempt is right; the other one may be right or wrong."
     return [(a, b) for a, b in _paper_policy(group) if a.right]
 
-# %% ../../nbs/book/12_contrast.ipynb #67af8313
+# %% ../../nbs/book/12_contrast.ipynb #f6e92b72
 _POLICIES = {"verified": _verified_policy, "paper": _paper_policy,
             "any_right": _any_right_policy}
 
-# %% ../../nbs/book/12_contrast.ipynb #eebd1516
+# %% ../../nbs/book/12_contrast.ipynb #c0bbc5ff
 @dataclass(frozen=True, repr=False)
 class Pair:
     "Two attempts at one task; `right` is the preferred one."
@@ -74,7 +74,7 @@ class Pair:
         table = f"<table><tr>{heads}</tr><tr>{cells}</tr></table>"
         return f"<p>{e(self.task.prompt)}</p>{table}"
 
-# %% ../../nbs/book/12_contrast.ipynb #bffba498
+# %% ../../nbs/book/12_contrast.ipynb #dc3a64ba
 class _Pairs(list[Pair]):
     "Pairs, with `skipped`: why the other groups of attempts gave none, reason -> count."
     def __init__(self, pairs:Sequence[Pair]=(), skipped:Counter|None=None):
@@ -91,7 +91,7 @@ class _Pairs(list[Pair]):
         more = ", the first 20:" if len(self) > 20 else ""
         return f"<p>{html.escape(repr(self))}{more}</p><table>{head}{rows}</table>"
 
-# %% ../../nbs/book/12_contrast.ipynb #92fa8649
+# %% ../../nbs/book/12_contrast.ipynb #af7aaf9f
 def _unusable(t, known, seen): # why an attempt cannot be contrasted, or ""
     if t.task_hash not in known: return "its task was not given"
     if t.verdict is None: return "it was not checked"
@@ -110,7 +110,7 @@ def _groups(attempts, known, within, skipped):
             groups.setdefault(key, []).append(t)
     return groups
 
-# %% ../../nbs/book/12_contrast.ipynb #8e59ec93
+# %% ../../nbs/book/12_contrast.ipynb #a7fbb604
 def _why_none(group): # why a group gave no pair
     if len(group) < 2: return "only one attempt"
     if all(t.right for t in group): return "all right"
@@ -143,7 +143,7 @@ def pair(
         if not chosen: out.skipped[f"task: {_why_none(group)}"] += 1
     return out
 
-# %% ../../nbs/book/12_contrast.ipynb #cd6903ef
+# %% ../../nbs/book/12_contrast.ipynb #b8f99230
 def provenance(
     pairs:Sequence[Pair], # what was contrasted
     prompt:str="",     # hash of the prompt that was sent
@@ -156,7 +156,7 @@ def provenance(
             for p in pairs]
     return {"pairs": rows, "prompt": prompt, "distiller": distiller}
 
-# %% ../../nbs/book/12_contrast.ipynb #ce077b15
+# %% ../../nbs/book/12_contrast.ipynb #dca3b35f
 def pair_models(
     pairs:Sequence[Pair], # that were contrasted
 )->tuple[str,...]: # distinct names, preferred ones first
@@ -164,7 +164,7 @@ def pair_models(
     return tuple(dict.fromkeys([p.right.model for p in pairs] + [p.wrong.model
         for p in pairs]))
 
-# %% ../../nbs/book/12_contrast.ipynb #1f504601
+# %% ../../nbs/book/12_contrast.ipynb #d2bcfb95
 _SYSTEM = """\
 You compare two attempts at one task and write rules that help other solvers with other \
 tasks of the same kind.
@@ -180,7 +180,7 @@ A rule must hold for other tasks of this kind: no numbers, no names, no answer o
 task, no code, no worked solution. Write the rules and nothing else."""
 MAX_K = 10
 
-# %% ../../nbs/book/12_contrast.ipynb #3c7d06d7
+# %% ../../nbs/book/12_contrast.ipynb #bb95c7e9
 def distill_prompt(
     pair:Pair,      # what is contrasted
     K:int=3,        # how many sentences at most
@@ -197,7 +197,7 @@ def distill_prompt(
     return [{"role": "system", "content": _SYSTEM},
             {"role": "user", "content": "\n\n".join(parts)}]
 
-# %% ../../nbs/book/12_contrast.ipynb #a877994f
+# %% ../../nbs/book/12_contrast.ipynb #c0e59c9f
 def _read_reply(
     text:str,      # a model's reply
     pair:Pair,     # that it is about
@@ -218,7 +218,7 @@ def _read_reply(
         else: good.append(c)
     return good, bad or ([] if good else [(text[:200], "form: no rule in the reply")])
 
-# %% ../../nbs/book/12_contrast.ipynb #d33a497b
+# %% ../../nbs/book/12_contrast.ipynb #482b7f2a
 def _ask(chat, batch, max_tokens):
     "Replies' texts for a batch of messages, an exception for each that failed."
     settings, out = {"max_tokens": max_tokens, "temperature": 0.0}, []
@@ -232,7 +232,7 @@ def _ask(chat, batch, max_tokens):
         except MemCollabError as e: out.append(e)
     return out
 
-# %% ../../nbs/book/12_contrast.ipynb #e69cd7cb
+# %% ../../nbs/book/12_contrast.ipynb #4cc9cc33
 def distill(
     pairs:Sequence[Pair], # what to contrast
     chat:Chat,            # the model that writes

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARMS', 'check_leakage', 'handed_over', 'recall', 'run_arms']
 
-# %% ../../nbs/book/14_transfer.ipynb #4fc8ccc4
+# %% ../../nbs/book/14_transfer.ipynb #595f7b64
 import random, tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,12 +17,13 @@ from ..checks.constraints import Constraint
 from ..checks.tasks import Task
 from .arms import (Arm, Training, buffer_of_thoughts, cheatsheet,
                                      leave_out, make_training, reseed)
-from .attempts import Attempt, Solver, solve
+from .attempts import Attempt, Solver
+from .solving import solve
 from .bank import ConstraintBank
 from .results import Results
 from .trial import trial
 
-# %% ../../nbs/book/14_transfer.ipynb #92991ed8
+# %% ../../nbs/book/14_transfer.ipynb #16ba7c25
 def check_leakage(
     source:ConstraintBank|Sequence, # a bank, or Constraints, Attempts or Tasks
     tasks:Sequence[Task], # for evaluation
@@ -44,7 +45,7 @@ def check_leakage(
             "or use leave_one_out")
     return sum(not b for b in behind)
 
-# %% ../../nbs/book/14_transfer.ipynb #e6fe0e05
+# %% ../../nbs/book/14_transfer.ipynb #9f669168
 def _without_scaffold(solver): # the same model, asked once; None: nothing to take away
     if solver.style not in ("agent", "code") and not solver.compose: return None
     return replace(solver, name=f"{solver.name} (plain)", style="cot", max_turns=1,
@@ -57,7 +58,7 @@ ARMS:dict[str, Callable[[Training], Arm]] = {
     "vanilla_plain": lambda training: Arm("vanilla_plain", change=_without_scaffold,
                                           about=_PLAIN)}
 
-# %% ../../nbs/book/14_transfer.ipynb #366b05eb
+# %% ../../nbs/book/14_transfer.ipynb #20df7c7b
 def handed_over(
     training:Training, # with attempts
     giver:Callable[[Solver], str], # whose attempts a solver gets, by name
@@ -85,7 +86,7 @@ ARMS |= {"self": lambda training: handed_over(training, lambda s: s.name, "self"
                                               f"own {training.raw} attempts, raw"),
          "other": _other}
 
-# %% ../../nbs/book/14_transfer.ipynb #97cfa079
+# %% ../../nbs/book/14_transfer.ipynb #f019b95d
 def recall(
     training:Training, # with p, K, status and identity
     bank:Callable[[Solver], ConstraintBank], # whose bank a solver asks
@@ -111,7 +112,7 @@ def _self_contrast(training): # a bank for each agent
     return Arm("self_contrast", recall(training, lambda s: banks[s.name], training.where),
                about="constraints from contrast within the model")
 
-# %% ../../nbs/book/14_transfer.ipynb #b6f5071b
+# %% ../../nbs/book/14_transfer.ipynb #c727a1a6
 def _elsewhere(training): # another category, which a task's hash draws by lot
     kinds = sorted({(c.category, c.subcategory) for c in training.bank.entries()})
     def where(task, solver):
@@ -145,7 +146,7 @@ ARMS |= {
         training, "wrong_category", _elsewhere(training),
         "the same bank, asked in another category")}
 
-# %% ../../nbs/book/14_transfer.ipynb #be3f2b96
+# %% ../../nbs/book/14_transfer.ipynb #5f5f8f57
 def _placebo(training): # as many constraints as MemCollab's for each task, and as long
     real = ARMS["memcollab"](training).memory
     def memory(task, solver):
@@ -157,7 +158,7 @@ def _placebo(training): # as many constraints as MemCollab's for each task, and 
 ARMS |= {"placebo": _placebo, "buffer_of_thoughts": buffer_of_thoughts,
          "cheatsheet": cheatsheet}
 
-# %% ../../nbs/book/14_transfer.ipynb #74e4319a
+# %% ../../nbs/book/14_transfer.ipynb #8544531e
 def _run_arm(
     arm:Arm,
     tasks:Sequence[Task], # for evaluation, in the order in which a learning arm sees them
@@ -187,7 +188,7 @@ def _run_arm(
                            for n, xs in fresh.items()})
     return found
 
-# %% ../../nbs/book/14_transfer.ipynb #6819219b
+# %% ../../nbs/book/14_transfer.ipynb #bbcb4210
 _FROM_ATTEMPTS = ("self", "other", "self_contrast", "memcollab_trial",
                   "buffer_of_thoughts")
 _FROM_BANK = "memcollab", "no_category", "wrong_category", "placebo"
@@ -203,7 +204,7 @@ def _find_arms(arms): # names, Arms, or functions Training -> Arm; all become fu
         else: builders.append(ARMS[a] if isinstance(a, str) else a)
     return builders
 
-# %% ../../nbs/book/14_transfer.ipynb #cedeccb8
+# %% ../../nbs/book/14_transfer.ipynb #6065adef
 def run_arms(
     train:Sequence[Task], # [] with a finished bank
     test:Sequence[Task], # for evaluation

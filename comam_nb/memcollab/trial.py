@@ -17,7 +17,8 @@ from ..base.errors import MemCollabError
 from ..base.files import text_hash
 from ..checks.constraints import STATUSES, Constraint
 from ..checks.tasks import Task
-from .attempts import Attempt, Solver, solve
+from .attempts import Attempt, Solver
+from .solving import solve
 from .bank import ConstraintBank
 
 # %% ../../nbs/source/memcollab/13_trial.ipynb #6dd457a5
