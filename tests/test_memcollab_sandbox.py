@@ -784,7 +784,8 @@ SPY = "def f(g):\n    found = []\n" + "".join(
 @pytest.mark.parametrize("given", ["lambda x=424242424242: 424242424242", "A().secret", "A()", "A", "iter([1])"])
 def test_what_is_handed_over_is_no_window(given): # a secret that no address in a repr holds by chance
     tests = ("SECRET = 424242424242\nclass A:\n    '''a class'''\n    def __init__(self): self.__hidden = SECRET\n"
-             f"    def secret(self, x=SECRET): return 0\nsaid = f({given})\nassert '424242424242' not in str(said), said")
+             f"    def secret(self, x=SECRET): return 0\nsaid = f({given})\n"
+             "assert '424242424242' not in str(said), said")
     assert run_python(SPY, tests).passed
     assert not run_python(SPY.replace("g.__globals__", "424242424242", 1), tests).passed     # the test can fail
 
