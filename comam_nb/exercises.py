@@ -149,7 +149,25 @@ _EXERCISES |= {
 _EXERCISES |= {} # chapter 4
 
 # %% ../nbs/source/base/10_exercises.ipynb #100336be
-_EXERCISES |= {} # chapter 5
+_EXERCISES |= {
+    "5.1": _Exercise(
+        0.81, "The retrieval agent sees the facts *and* the profile: M = {M_f, M_c}. A fact that extraction kept is "
+        "before it whatever the profile agent did: .9 · .9. Of the three, only extraction is a bottleneck.",
+        ((0.729, "You put all three in a chain. But look at s_2: does the retrieval agent see a fact only through the "
+          "profile?"),
+         (0.9, "Extraction must keep it, and retrieval must use it."),
+         (0.891, "You gave the retrieval agent two chances, .9 · .99. It uses what it sees with .9, wherever it is."))),
+    "5.2": _Exercise(
+        6, "Three rollouts share one prompt, because they have the same facts; the other five have their own.",
+        ((8, "Equal facts make equal prompts: the profile agent sees nothing but the facts."),
+         (5, "The three have a prompt as well: one for all three."),
+         (1, "Only the extraction agent's prompt is the same for the whole group."),
+         (7, "Three equal ones count as one, not as two."))),
+    "5.3": _Exercise(
+        "b", "Without the profile the answer was still right, so it was not needed here. Another question may need it.",
+        (("a", "You asked about one question. For another the profile may be what decides."),
+         ("c", "It may well have read it and found the same in the facts: reading and needing are two things."),
+         ("d", "The retrieval agent still had to pick and to answer, and nobody has taken its work away yet.")))}
 
 # %% ../nbs/source/base/10_exercises.ipynb #44c6e133
 _EXERCISES |= {} # chapter 6
