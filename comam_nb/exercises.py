@@ -84,7 +84,36 @@ _EXERCISES: dict[str, _Exercise] = {}
 _mean: Callable[[Sequence[float]], float] = lambda r: sum(r) / len(r)
 
 # %% ../nbs/source/base/10_exercises.ipynb #d8edf758
-_EXERCISES |= {} # chapter 1
+_EXERCISES |= {
+    "1.1": _Exercise(
+        100_000, "Message k is read with the 2k - 2 texts before it: 10 (1 + 3 + 5 + … + 199) = 10 · 100². Twice as "
+        "many messages cost four times as much.",
+        ((1000, "These are Ana's words, each read once. Her first message is read again with every later one."),
+         (2000, "This is the length of the conversation. But each message is read again with every later one."),
+         (1990, "This is what is read for the last message alone. Add up all hundred."),
+         (50_500, "You left out the replies: they stand in the conversation and are read again, too."),
+         (101_000, "You read each reply together with its own message, when it is not yet written: 10 (2k - 1) words "
+          "for message k, not 20 k."),
+         (200_000, "This reads the whole conversation, as long as it is in the end, for every message."))),
+    "1.2": _Exercise(
+        "a", "The change to tea stood in turn 7, and only the extraction agent reads turns. The others worked well "
+        "with what they were given.",
+        (("b", "It says what its facts say, and no fact speaks of tea. Whoever reads facts only cannot know more."),
+         ("c", "Its answer was wrong, but its memory held nothing but coffee. Look who saw turn 7."),
+         ("d", "Two of the three never see the conversation. What is not among the facts is lost for them."))),
+    "1.3": _Exercise(
+        [5], "She said it in turn 5, the first of the second session.",
+        (([1], "Turns count over the whole history and do not begin again with a session."),
+         ([5, 6], "Turn 6 is the assistant's \"Lovely.\": nothing that a memory should keep."),
+         (5, "The turn is right; give a list, since evidence is a set."))),
+    "1.4": _Exercise(
+        1 - 11 / 59 * 10 / 58, "Both others are in the test, too, with probability 11/59 · 10/58 = .03, so "
+        "97 of 100 leak.",
+        ((0.8, "80 % of the questions are in training, but a user has two more of them."),
+         (11 / 59 * 10 / 58, "This is the share that does *not* leak."),
+         (0.64, "This is the chance that *both* others are in training. One is enough."),
+         (0.2, "This is the test's share of the questions. How often is a user's other question outside of it?")),
+        near=0.011)}
 
 # %% ../nbs/source/base/10_exercises.ipynb #3f71508f
 _EXERCISES |= {} # chapter 2
@@ -122,7 +151,25 @@ _EXERCISES |= {
 _EXERCISES |= {} # chapter 4
 
 # %% ../nbs/source/base/10_exercises.ipynb #100336be
-_EXERCISES |= {} # chapter 5
+_EXERCISES |= {
+    "5.1": _Exercise(
+        0.81, "The retrieval agent sees the facts *and* the profile: M = {M_f, M_c}. A fact that extraction kept is "
+        "before it whatever the profile agent did: .9 · .9. Of the three, only extraction is a bottleneck.",
+        ((0.729, "You put all three in a chain. But look at s_2: does the retrieval agent see a fact only through the "
+          "profile?"),
+         (0.9, "Extraction must keep it, and retrieval must use it."),
+         (0.891, "You gave the retrieval agent two chances, .9 · .99. It uses what it sees with .9, wherever it is."))),
+    "5.2": _Exercise(
+        6, "Three rollouts share one prompt, because they have the same facts; the other five have their own.",
+        ((8, "Equal facts make equal prompts: the profile agent sees nothing but the facts."),
+         (5, "The three have a prompt as well: one for all three."),
+         (1, "Only the extraction agent's prompt is the same for the whole group."),
+         (7, "Three equal ones count as one, not as two."))),
+    "5.3": _Exercise(
+        "b", "Without the profile the answer was still right, so it was not needed here. Another question may need it.",
+        (("a", "You asked about one question. For another the profile may be what decides."),
+         ("c", "It may well have read it and found the same in the facts: reading and needing are two things."),
+         ("d", "The retrieval agent still had to pick and to answer, and nobody has taken its work away yet.")))}
 
 # %% ../nbs/source/base/10_exercises.ipynb #44c6e133
 _latest: Callable[[Any, Any], set] = lambda items, turns: {max(set(i.cites) & {m.turn for m in turns}) for i in items
@@ -205,8 +252,8 @@ _EXERCISES |= {
          (0.75 + 0.25 * 3 / 4, "That is the case of four subjects, above. Now there are five and still four lines."),
          (0.75 * 3 / 5 + 0.25 * 4 / 5, "You exchanged the budgets: four lines of facts, three kinds."))),
     "9.2": _Exercise(
-        _by_replacement, "It asks what each agent's mistakes cost. It needs an agent without mistakes, which only a world "
-        "like this one has; and gains do not add up where two agents fail together.",
+        _by_replacement, "It asks what each agent's mistakes cost. It needs an agent without mistakes, which only a "
+        "world like this one has; and gains do not add up where two agents fail together.",
         ((lambda a, w: _by_replacement(a, w, share=False), "These are the gains. Divide them by their sum."),
          (lambda a, w: _by_replacement(a, w, clamp=False), "A replacement that lowers the accuracy has a share of 0.")),
         ((0.5, [0.75, 0.5, 0.75]), (0.5, [0.5, 0.25, 0.75]), (0.9, [0.9, 0.9, 0.9])))}
