@@ -6,7 +6,7 @@
 __all__ = ['exercise']
 
 # %% ../nbs/source/base/10_exercises.ipynb #ff227c06
-import math, textwrap
+import math, re, textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -116,7 +116,24 @@ _EXERCISES |= {
         near=0.011)}
 
 # %% ../nbs/source/base/10_exercises.ipynb #3f71508f
-_EXERCISES |= {} # chapter 2
+_EXERCISES |= {
+    "2.1": _Exercise(
+        math.exp(-2), "Log-probabilities add up: exp(-2) = .135.",
+        ((-2, "This is its log-probability. What is its exponential?"),
+         (math.exp(-1), "This is the average for a token, exp(-1). For the whole text the two add up."),
+         (math.exp(-0.5) + math.exp(-1.5), "You added probabilities. Of two things that must both happen they are "
+          "multiplied.")), near=2e-3),
+    "2.2": _Exercise(
+        [4, 5, 6], "The tokens stand at 5, 6 and 7, and logits predict the next place.",
+        (([5, 6, 7], "There the tokens stand. What predicts the first of them stands before it."),
+         ([0, 1, 2], "Positions count from the beginning of the prompt."),
+         ([4, 5, 6, 7], "The logits at 7 predict a token that was not written."))),
+    "2.3": _Exercise(
+        16_800 / 1_800, "16 · 1,050 against 1,000 + 16 · 50: 9.3 times fewer.",
+        ((16, "The prompt is read 16 times less often, but the completions are not shared."),
+         (1_800, "This is how many there are with one prompt. How many were there without?"),
+         (16_800, "This is how many there are with a cache for each. How many with one prompt?"),
+         (1_800 / 16_800, "The other way round.")), near=0.05)}
 
 # %% ../nbs/source/base/10_exercises.ipynb #2d685c73
 _EXERCISES |= {
@@ -148,7 +165,32 @@ _EXERCISES |= {
          ("d", "With a negative advantage and a ratio above 1 the larger loss is the unclipped one: it goes on.")))}
 
 # %% ../nbs/source/base/10_exercises.ipynb #857a38ce
-_EXERCISES |= {} # chapter 4
+def _verdict(text:str)->str: # what exercise 4.3 asks for
+    found = re.search(r"<verdict>(.*?)</verdict>", text, re.S)
+    said = found[1].strip().lower() if found else ""
+    return said if said in ("yes", "no") else ""
+
+_EXERCISES |= {
+    "4.1": _Exercise(
+        2, "The greeting is dropped, and Lisbon cites nothing.",
+        ((1, "Two lines are not as asked. A line may say something and still cite nothing."),
+         (3, "A list's own number, as in \"1.\", is taken off; and citations may stand anywhere in a line."),
+         (4, "The second line is as asked, but for the list's number."))),
+    "4.2": _Exercise(
+        lambda numbers, handles: sorted({t for n in numbers for t in handles.get(n, ())}),
+        "Every line of memory can be traced to turns, however many agents stand between.",
+        ((lambda numbers, handles: sorted(numbers), "These are lines of the prompt. On which turns do they rest?"),
+         (lambda numbers, handles: [t for n in numbers for t in handles.get(n, ())],
+          "Nearly: two lines may rest on the same turn, and the turns are wanted in ascending order.")),
+        (([2, 3], {1: (1,), 2: (3,), 3: (7,)}), ([2, 1], {1: (3, 7), 2: (7,)}), ([9], {1: (1,)}), ([], {}))),
+    "4.3": _Exercise(
+        _verdict, "Whatever a model writes, the parser gives an answer, and \"\" is one.",
+        ((lambda text: "yes" if "yes" in text.lower() else "no" if "no" in text.lower() else "",
+          "A model that says \"I do not know\" has not said no. Read only what stands between the tags."),
+         (lambda text: (re.findall(r"<verdict>(.*?)</verdict>", text, re.S) or [""])[0].strip().lower(),
+          "Between the tags may stand something else than yes or no.")),
+        (("<verdict>yes</verdict>",), ("I do not know.",), ("Fine. <verdict> Yes </verdict>",),
+         ("<verdict>perhaps</verdict>",), ("<verdict>no",)))}
 
 # %% ../nbs/source/base/10_exercises.ipynb #100336be
 _EXERCISES |= {
