@@ -58,7 +58,7 @@ def test_no_notebook_looks_for_files_of_the_repository():
     assert reached == {}
 
 HOMES = {"sklearn": "scikit-learn", "faiss": "faiss-cpu", "math_verify": "math-verify", "IPython": "ipykernel"}
-BELOW = {"tokenizers", "huggingface_hub", "jinja2", "sympy", "httpx", "pydantic"} # come with transformers, torch, openai
+BELOW = {"tokenizers", "huggingface_hub", "jinja2", "sympy", "httpx", "pydantic"} # come with those, or with openai
 OWN = {"comam_nb", "card_record"}
 OTHERS = {"mem0", "vllm", "psycopg", "pgvector", "pg_server", "langchain_core", "llama_index",
           "ipywidgets"} # cells that say so, and run without; Colab has the last
