@@ -27,9 +27,10 @@ if TYPE_CHECKING: # for readers and checkers of types: torch need not be loaded
 
 # %% ../../nbs/book/13_bank.ipynb #39be37b8
 class ConstraintBank:
-    "Constraints in an SQLite file or on a server; threads may share a bank, processes its path."
+    """Constraints in an SQLite file or on a server. Threads may share a bank,
+    processes its path."""
     def __init__(self,
-        path:str|Path=":memory:",    # a file, ":memory:", or postgresql://user@host/database
+        path:str|Path=":memory:", # a file, ":memory:", or postgresql://…
         embedder:Embedder|None=None, # for how="embedding"; None: `HashingEmbedder()`
         create:bool=True,            # False: a bank that is missing is an error
     ):
