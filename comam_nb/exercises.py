@@ -277,9 +277,6 @@ _EXERCISES |= {
           "An agent that was paid better where the answer was wrong gets a negative share: stop at 0.")),
         ((_ANA, [1, 1, 0, 0]), ([[0, 1], [1, 0]], [1, 0]), ([[.2, .9], [.5, .5]], [1, 1]), ([[0, 1], [0, 1]], [1, 0])))}
 
-# %% ../nbs/source/base/10_exercises.ipynb #dfac479e
-_EXERCISES |= {} # chapter 8
-
 # %% ../nbs/source/base/10_exercises.ipynb #0777a215
 def _by_replacement(as_is, without, clamp=True, share=True):
     gains = [x - as_is for x in without]
@@ -299,9 +296,6 @@ _EXERCISES |= {
         ((lambda a, w: _by_replacement(a, w, share=False), "These are the gains. Divide them by their sum."),
          (lambda a, w: _by_replacement(a, w, clamp=False), "A replacement that lowers the accuracy has a share of 0.")),
         ((0.5, [0.75, 0.5, 0.75]), (0.5, [0.5, 0.25, 0.75]), (0.9, [0.9, 0.9, 0.9])))}
-
-# %% ../nbs/source/base/10_exercises.ipynb #0988a886
-_EXERCISES |= {} # chapter 10
 
 # %% ../nbs/source/base/10_exercises.ipynb #93a0b4e2
 _EXERCISES |= {
