@@ -6,6 +6,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 from importlib.util import find_spec
 from pathlib import Path
+# converted models are kept here, not among the user's own
+os.environ.setdefault("COMAM_CACHE", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "comam_nb"))
 
 import pytest
 import torch

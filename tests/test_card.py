@@ -94,6 +94,14 @@ def test_bad_flags_are_refused_before_anything_is_made(args, said, tmp_path, cap
     assert __main__.main(["train", *args, "--out", str(tmp_path / "run")]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
 
+def test_a_broken_package_is_named_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
+    (tmp_path / "trackio.py").write_text("raise KeyError('half\\ninstalled')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert __main__.main(["train", "--report-to", "trackio", "--out", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert "--report-to trackio" in err and "cannot be imported (KeyError" in err and err.count("\n") == 1, err
+    assert not (tmp_path / "run").exists()
+
 @pytest.mark.slow
 def test_a_run_that_reports_and_is_sent(tmp_path, hub, monkeypatch, capsys):
     "Into a stand-in for tensorboard, by transformers' own table of integrations."

@@ -68,12 +68,18 @@ def test_chat_writes_the_memory_as_one_talks(place, server, capsys, monkeypatch)
 
 
 def test_a_dead_endpoint_is_a_line_and_the_talk_goes_on(capsys, monkeypatch):
-    from comam_nb.lm.endpoints import EndpointChat
-    old = EndpointChat.__init__
-    monkeypatch.setattr(EndpointChat, "__init__", lambda self, *a, **k: old(self, *a, **{**k, "retries": 0}))
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello?\n/memory\n"))
-    code, out, _ = run(capsys, "chat", "--backbone", "http://127.0.0.1:9/v1#m")
+    code, out, _ = run(capsys, "chat", "--backbone", "http://127.0.0.1:9/v1#m", "--retries", "0")
     assert code == 0 and "no reply: m at 127.0.0.1" in out
+
+
+def test_how_long_a_silent_endpoint_is_waited_for(place, server, capsys, monkeypatch):
+    server.always = "silent"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello?\n"))
+    code, out, _ = run(capsys, "chat", *place.model, "--timeout", "0.2", "--retries", "0")
+    assert code == 0 and "no reply: " in out and len(server.log) == 1
+    code, _, err = run(capsys, "chat", *place.model, "--timeout", "-1")
+    assert code == 2 and err.startswith("comam: ") and "timeout" in err and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize("argv, words", [

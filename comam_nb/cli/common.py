@@ -51,6 +51,13 @@ def add_model_arguments(
                    "instruct; where agents only act, few-shot for a model without a chat template)")
     p.set_defaults(model_defaults={**_MODEL_DEFAULTS, "max_new_tokens": max_new_tokens})
 
+def add_endpoint_arguments(
+    p:argparse.ArgumentParser, # of a command whose models may stand behind an address
+)->None:
+    "--timeout and --retries."
+    p.add_argument("--timeout", type=float, default=60.0, help="seconds per request to an endpoint (default 60)")
+    p.add_argument("--retries", type=int, default=4, help="tries of a request after a failed one (default 4)")
+
 def fill_model_arguments(
     args:argparse.Namespace, # of a command with `add_model_arguments`
     unused:tuple[str, ...]=(), # arguments that reach nobody in the micro-world
@@ -101,7 +108,8 @@ def language_team(
         if not acting:
             raise CommandError(f"--backbone {without_login(args.backbone)}: a model behind an endpoint cannot be "
                                "trained: name a model directory, a .gguf file or a hub id")
-        return make_team(dict.fromkeys(AGENTS, open_chat(args.backbone)), **each)
+        chat = open_chat(args.backbone, timeout=args.timeout, retries=args.retries)
+        return make_team(dict.fromkeys(AGENTS, chat), **each)
     def load():
         chat = args.prompts == "instruct"
         model = load_backbone(args.backbone, adapters=None, dtype=args.dtype, device=args.device, chat=chat,

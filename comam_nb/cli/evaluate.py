@@ -10,7 +10,8 @@ import argparse, time
 from collections.abc import Callable
 from pathlib import Path
 
-from .common import add_model_arguments, fill_model_arguments, language_team, rewards_of
+from .common import add_endpoint_arguments, add_model_arguments, fill_model_arguments
+from .common import language_team, rewards_of
 from ..runs.folder import CommandError, Run
 from ..runs.sources import DATA_KINDS, questions_from
 
@@ -52,6 +53,7 @@ def add_eval(
     p.add_argument("--seed", type=int, default=0, help="of the sample; with --windows of the agents' draws, too")
     p.set_defaults(policy="adapters", start=None, matcher=None, max_prompt_tokens=None) # --run may bring others
     add_model_arguments(p)
+    add_endpoint_arguments(p)
 
 # %% ../../nbs/source/cli/04_evaluate.ipynb #ad7fbac4
 def _system_classes()->dict[str, Callable]:
@@ -195,7 +197,6 @@ def _ask_windows(args, episodes, out:Path, settings:dict)->list[str]: # names
 def _evaluate(args)->int:
     "`comam eval`: run files, report.md, scores.csv and a table on the screen."
     from comam_nb.base.files import write_whole
-    from comam_nb.lm.endpoints import without_login
     from comam_nb.runs.reports import report, write_scores
     _check(args)
     out = Path(args.out) if args.out else Path("runs") / time.strftime("eval-%Y%m%d-%H%M%S")
@@ -208,7 +209,8 @@ def _evaluate(args)->int:
     names = ("data", "backbone", "prompts", "max_new_tokens", "rank", "dtype", "context", "seed", "match",
              *(("matcher", "max_prompt_tokens") if args.windows else ("embedder", "adapters")))
     settings = {k: getattr(args, k) for k in names}
-    if args.backbone: settings["backbone"] = without_login(args.backbone) # the settings are kept in files
+    if args.backbone and "://" in args.backbone: # which model decides, not where it stands today
+        settings["backbone"] = "endpoint#" + args.backbone.partition("#")[2]
     asked = (_ask_windows if args.windows else _ask_systems)(args, episodes, out, settings)
     text = report(out, dict(zip(args.system, asked)).get(args.against, args.against) or asked[0])
     write_whole(out / "report.md", text)

@@ -38,8 +38,12 @@ def _memory_tools(store:"MemoryStore")->list[Callable[..., dict[str, Any]]]: # e
         "Store one plain sentence about the user. What is stored already is not stored again."
         item = MemoryItem(user=user, text=text.strip(), granularity=kind, by="mcp")
         if not item.text: raise StoreError("the text is empty")
-        same = [i.id for i in store.items(user, kind) if i.text == item.text]
-        return {"id": same[0] if same else store.add(item)[0], "new": not same}
+        same = lambda: [i.id for i in store.items(user, kind) if i.text == item.text]
+        if known_as := same(): return {"id": known_as[0], "new": False}
+        own = store.add(item)[0]
+        first = (same() or [own])[0]
+        if first != own: store.forget(user, own) # another process was faster with the same sentence
+        return {"id": first, "new": first == own}
 
     def recall(user:User, query:Text, k:Annotated[int, Field(ge=1, le=100)]=5, kind:Kind|None=None)->dict[str, Any]:
         "What is stored about the user, the nearest to the query first."

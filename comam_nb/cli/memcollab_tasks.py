@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .common import add_endpoint_arguments
 from ..runs.folder import CommandError
 
 if TYPE_CHECKING:
@@ -352,8 +353,7 @@ def _job_arguments(p, samples, required): # but for the bank and the solvers
         p.add_argument("--samples", type=int, default=1, help="attempts of each solver at each task (default 1)")
     p.add_argument("--workers", type=int, default=4, help="requests to each endpoint at once (default 4)")
     p.add_argument("--requests-per-minute", type=int, help="rate limit of each endpoint (default none)")
-    p.add_argument("--timeout", type=float, default=60.0, help="seconds per request (default 60)")
-    p.add_argument("--retries", type=int, default=4, help="tries after a failed one (default 4)")
+    add_endpoint_arguments(p)
     p.add_argument("--batch-size", type=int, default=8, help="conversations of a local model at once (default 8)")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
 

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/source/cli/02_train.ipynb #b0535460
 import argparse, os, random, time
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,6 +105,11 @@ def _fill_defaults(args):
     for package in args.report_to or ():
         if find_spec(package) is None:
             raise CommandError(f"--report-to {package} needs the package `{package}`: pip install {package}")
+        try: import_module(package) # now, not after the model was loaded
+        except Exception as e:
+            why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+            raise CommandError(f"--report-to {package}: the package is installed but cannot be imported ({why}): "
+                               f"pip install --force-reinstall {package}") from None
     if args.public and not args.push_to_hub: raise CommandError("--public goes with --push-to-hub")
     if args.push_to_hub: check_repo(args.push_to_hub) # before hours are spent
     if args.save_steps < 0: raise CommandError(f"--save-steps cannot be negative: {args.save_steps}")

@@ -9,7 +9,7 @@ __all__ = []
 import argparse, json, os, random, time
 from typing import TYPE_CHECKING
 
-from .common import add_model_arguments, add_split_arguments, fill_model_arguments
+from .common import add_endpoint_arguments, add_model_arguments, add_split_arguments, fill_model_arguments
 from .common import language_team, read_split
 from ..runs.folder import CommandError, Run, fresh_dir
 from ..runs.sources import DATA_KINDS, fit_episodes
@@ -55,6 +55,7 @@ def add_warm_start(
     p.add_argument("--max-prompt-tokens", type=int, help="tokens of history in a prompt (default 1024)")
     add_split_arguments(p)
     add_model_arguments(p)
+    add_endpoint_arguments(p)
 
 def _warm_start(args)->int:
     "`comam warm-start`: a supervised start, or the tiny policies."
@@ -147,7 +148,7 @@ def _supervise(args)->None:
     from comam_nb.runs.supervised import supervised_start
     logging.disable_progress_bar()
     torch.manual_seed(args.seed) # of fresh adapters
-    teacher = open_chat(args.teacher) if args.teacher else None
+    teacher = open_chat(args.teacher, timeout=args.timeout, retries=args.retries) if args.teacher else None
     team = language_team(args, args.policy)
     split, gold = _parts(args, team)
     training, validation = split.training, split.validation

@@ -252,7 +252,7 @@ def load_backbone(
     device:str|None=None, # chosen if None
     r:int=16, # rank of the adapters
     chat:bool=True, # False: no chat template, and completions end at an empty line
-    verbose:bool=True, # print what was chosen
+    verbose:bool=True, # print what was chosen; that a file is converted is said in any case
     template_args:Mapping[str, Any]|None=None, # for the chat template, such as {"enable_thinking": False}
     load_in:str|None=None, # 4bit or 8bit: the base's weights, on a CUDA card
 )->Backbone: # model, tokenizer and adapters, ready to act

@@ -57,7 +57,7 @@ def _whole_lines(path:Path, say:Callable)->list[dict]: # each with a step
 
 # %% ../../nbs/source/runs/01_folder.ipynb #def12d27
 _FREE = ("out", "resume", "device", "save_steps", "micro_batches", "eval_batch", "report_to",
-         "push_to_hub", "public") # may differ in a run that goes on
+         "push_to_hub", "public", "timeout", "retries") # may differ in a run that goes on
 
 def _versions()->dict[str, str]: # package -> version
     "What a run that begins now is made with."
