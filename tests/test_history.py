@@ -109,8 +109,8 @@ def numbered(sessions):
         out.append(Session(f"s{len(out)}", tuple(Message(m.role, m.content, turn := turn + 1) for m in s.messages)))
     return out
 
-@pytest.mark.parametrize("name", [*SYSTEMS, "memory-r1", "comam"])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name, shared", [*((n, s) for n in (*SYSTEMS, "comam") for s in (False, True)),
+    ("memory-r1", False), pytest.param("memory-r1", True, marks=pytest.mark.slow)])
 def test_every_system_remembers_the_same(name, shared, sessions):
     team = memory_r1_agents() if name == "memory-r1" else micro_agents(MicroWorld())
     make = {"memory-r1": MemoryR1, "comam": CoMAMSystem, **SYSTEMS}[name]

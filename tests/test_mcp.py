@@ -79,7 +79,8 @@ def test_two_that_remember_the_same_at_once_store_it_once():
             return super().add(items, read)
     late = Late()
     late.file = first.file
-    assert talk(make_server(late, user="ana"), [("remember", {"text": "Drinks tea."})]) == [(False, {"id": "m1", "new": False})]
+    said = talk(make_server(late, user="ana"), [("remember", {"text": "Drinks tea."})])
+    assert said == [(False, {"id": "m1", "new": False})]
     assert [i.id for i in first.items("ana")] == ["m1"]
 
 def test_without_a_user_each_call_names_one():

@@ -568,7 +568,8 @@ def test_ctrl_c(place, server, capsys):
     assert capsys.readouterr().err.strip().startswith("memcollab: stopped; what was done is kept")
 
 
-@pytest.mark.parametrize("stage", ["Which category", "started with 3", "The preferred attempt"])
+@pytest.mark.parametrize("stage", ["started with 3", *(pytest.param(s, marks=pytest.mark.slow) for s in
+                                                      ("Which category", "The preferred attempt"))])
 def test_ctrl_c_does_not_wait_for_a_server(stage, place, server):
     "Sorting, solving, distilling: a request that nobody answers holds nothing up, and the next run does the rest."
     waits, gone = threading.Event(), threading.Event()

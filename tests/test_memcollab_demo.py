@@ -138,8 +138,8 @@ def test_an_unknown_seed_is_refused_in_one_line():
     with pytest.raises(BackboneError, match="no demo agents of seed 99"): _load_demo(99)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
-@pytest.mark.parametrize("which", range(2), ids=_MODELS)
+@pytest.mark.parametrize("which, seed", [(0, 0), *(pytest.param(which, seed, marks=pytest.mark.slow) for which, seed in
+    ((1, 0), (0, 1), (1, 1), (0, 2), (1, 2)))])
 def test_the_agents_know_their_trade(seed, which):
     "Habits as designed, lessons followed whether true or false, own examples followed, few slips."
     model, agent, tasks = _MODELS[which], _load_demo(seed)[which], make_tasks(120, 11, held_out=True)

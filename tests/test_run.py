@@ -102,6 +102,7 @@ def test_a_torn_run_goes_on_from_what_is_whole(straight, stopped, torn, capsys):
         shutil.copy(straight / "metrics.jsonl", stopped)
     same_end(straight, stopped)
 
+@pytest.mark.slow
 def test_a_run_without_any_whole_checkpoint_begins_again(straight, stopped, capsys):
     for n in (2, 3): empty(stopped / "checkpoints" / f"checkpoint-{n}" / "scheduler.pt")
     assert main(["train", "--out", str(stopped), "--save-steps", "1", "--resume", *SMALL]) == 0
