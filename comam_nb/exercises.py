@@ -298,7 +298,7 @@ _EXERCISES |= {
         ((0.5, [0.75, 0.5, 0.75]), (0.5, [0.5, 0.25, 0.75]), (0.9, [0.9, 0.9, 0.9])))}
 
 # %% ../nbs/source/base/10_exercises.ipynb #acf7b0a4
-def _superseded(facts): # what exercise 10.2 asks for
+def _superseded(facts): # what exercise 10.1 asks for
     latest = {subject: value for subject, value, _ in sorted(facts, key=lambda f: f[2])}
     return sorted({value for subject, value, _ in facts if value != latest[subject]})
 
@@ -312,13 +312,6 @@ def _repeated(facts): # wrong: a value that was said again counts as over
 
 _EXERCISES |= {
     "10.1": _Exercise(
-        2, "On Thursday before the first question, and on Sunday: each time a question comes and facts are new. The "
-        "other three questions find a profile that is up to date.",
-        ((4, "After each session? Nobody needs a profile before somebody asks: three sessions are read by one rewrite."),
-         (5, "Once for each question? Between two questions without a new fact the profile stays what it is."),
-         (3, "Once for each day with a question? On Friday nothing is new since Thursday."),
-         (1, "On Saturday she talked again, so the profile of Thursday is out of date on Sunday."))),
-    "10.2": _Exercise(
         _superseded, "It needs a subject for each fact. Sentences have none, and where two values may both hold, as "
         "with two pets, the rule is wrong. So the memory keeps all, and whoever answers decides.",
         ((_not_last, "The list need not be in order: compare the turns."),
@@ -329,6 +322,13 @@ _EXERCISES |= {
          ([("drink", "tea", 7), ("drink", "coffee", 3)],),
          ([("drink", "coffee", 3), ("drink", "tea", 7), ("drink", "coffee", 12)],),
          ([("drink", "tea", 7), ("city", "Lisbon", 5)],), ([],))),
+    "10.2": _Exercise(
+        2, "On Thursday before the first question, and on Sunday: each time a question comes and facts are new. The "
+        "other three questions find a profile that is up to date.",
+        ((4, "After each session? Nobody needs a profile before somebody asks: one rewrite reads three."),
+         (5, "Once for each question? Between two questions without a new fact the profile stays what it is."),
+         (3, "Once for each day with a question? On Friday nothing is new since Thursday."),
+         (1, "On Saturday she talked again, so the profile of Thursday is out of date on Sunday."))),
     "10.3": _Exercise(
         "b", "The profile was made from the fact and still tells it: \"Moved from coffee to tea.\" So it is deleted, "
         "too, and is written anew from what is left.",
