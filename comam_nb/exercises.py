@@ -344,7 +344,7 @@ _EXERCISES |= {
     "I.2": _Exercise(
         "b", "The process lets the retrieval agent see facts and profile. If the profile agent reads the conversation, "
         "tea can reach the answer past the extraction agent, which is then no bottleneck any more.",
-        (("a", "That holds in chapter 5, where s_1 is M_f and nothing else. Here the profile agent sees turn 7 itself."),
+        (("a", "That holds in chapter 5, where s_1 is M_f alone. Here the profile agent sees turn 7 itself."),
          ("c", "A citation is read from the profile's line like any other: it may cite turn 7."))),
     "I.3": _Exercise(
         "c", "The answer's reward is the only one that asks what was said. Eq. 9 and the matchers compare turns and "
@@ -473,7 +473,7 @@ _EXERCISES |= {
     "III.3": _Exercise(
         "b", "A weight measures agreement within groups. What training an agent is worth is seen by not training it: "
         "without retrieval's training many answers are lost, without the profile agent's nearly none.",
-        (("a", "Equal weights are what Eq. 14 gives nearly always, because a blind ranking has most of the score, too."),
+        (("a", "Equal weights are what Eq. 14 gives nearly always, because a blind ranking has most of the score."),
          ("c", "The weights are computed as the paper says. They answer another question."))),
     "III.4": _Exercise(
         "b", "The settings suit the arm and the seed on which they were chosen, and it met none that were chosen for "

@@ -138,6 +138,9 @@ def _keep(
     return items
 
 # %% ../nbs/book/10_memory.ipynb #8f3d67fe
+def _facts(me:Assistant)->tuple[Note, ...]:
+    return _as_notes(me.store.items(me.user, "fine"))
+
 def _room(agent:Agent, empty:State)->tuple[Callable[[str], int], int]:
     "How to measure a text for an agent, and how much of it fits beside its prompt."
     who = f"the {agent.name} agent"
@@ -165,8 +168,6 @@ def _observe(
         stored.append(_keep(me.store, me.user, said, read, known))
     me.stale = me.stale or any(stored)
     return stored
-
-def _facts(me:Assistant)->tuple[Note, ...]: return _as_notes(me.store.items(me.user, "fine"))
 
 # %% ../nbs/book/10_memory.ipynb #2de81147
 def _split_notes(
