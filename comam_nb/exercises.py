@@ -476,8 +476,8 @@ _EXERCISES |= {
         (("a", "Equal weights are what Eq. 14 gives nearly always, because a blind ranking has most of the score."),
          ("c", "The weights are computed as the paper says. They answer another question."))),
     "III.4": _Exercise(
-        "b", "The settings suit the arm and the seed on which they were chosen, and it met none that were chosen for "
-        "its rivals. Such a favour is small or large; the table does not show it.",
+        "b", "The setting is the best of several for this arm on this seed, and no rival got one that was chosen for "
+        "it. How large the favour is, the table does not show.",
         (("a", "Equal settings are not equally good for all arms, and these were chosen by looking at one of them."),
          ("c", "The equal shares were trained with settings that somebody else's run had chosen."))),
     "III.5": _Exercise(
