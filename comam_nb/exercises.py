@@ -51,7 +51,7 @@ def _values(answer:Any, cases:Sequence[tuple])->Any: # what is compared: of a fu
 
 # %% ../nbs/source/base/10_exercises.ipynb #69d54361
 def exercise(
-    name:str, # chapter and number, such as "3.1"
+    name:str, # chapter and number, such as "3.1", or part and number, "II.1"
     answer:Any=..., # the reader's; `...` while there is none
 )->_Mark: # true if it is right; shows why
     "Say whether an answer is right, and why. Raises `DataError` for an exercise that does not exist."
@@ -297,6 +297,71 @@ _EXERCISES |= {
          (lambda a, w: _by_replacement(a, w, clamp=False), "A replacement that lowers the accuracy has a share of 0.")),
         ((0.5, [0.75, 0.5, 0.75]), (0.5, [0.5, 0.25, 0.75]), (0.9, [0.9, 0.9, 0.9])))}
 
+# %% ../nbs/source/base/10_exercises.ipynb #acf7b0a4
+def _superseded(facts): # what exercise 10.1 asks for
+    latest = {subject: value for subject, value, _ in sorted(facts, key=lambda f: f[2])}
+    return sorted({value for subject, value, _ in facts if value != latest[subject]})
+
+def _not_last(facts): # wrong: what follows in the list, not in time
+    latest = {subject: value for subject, value, _ in facts}
+    return sorted({value for subject, value, _ in facts if value != latest[subject]})
+
+def _repeated(facts): # wrong: a value that was said again counts as over
+    newest = {subject: turn for subject, _, turn in sorted(facts, key=lambda f: f[2])}
+    return sorted({value for subject, value, turn in facts if turn != newest[subject]})
+
+_EXERCISES |= {
+    "10.1": _Exercise(
+        _superseded, "It needs a subject for each fact. Sentences have none, and where two values may both hold, as "
+        "with two pets, the rule is wrong. So the memory keeps all, and whoever answers decides.",
+        ((_not_last, "The list need not be in order: compare the turns."),
+         (_repeated, "Coffee, tea, coffee again: then coffee holds, although it was said before. Compare values, too."),
+         (lambda facts: sorted({value for _, value, _ in facts} - {max(facts, key=lambda f: f[2])[1]} if facts else []),
+          "You kept the last fact of all. Each subject has a latest of its own.")),
+        (([("drink", "coffee", 3), ("pet", "cat", 1), ("drink", "tea", 7)],),
+         ([("drink", "tea", 7), ("drink", "coffee", 3)],),
+         ([("drink", "coffee", 3), ("drink", "tea", 7), ("drink", "coffee", 12)],),
+         ([("drink", "tea", 7), ("city", "Lisbon", 5)],), ([],))),
+    "10.2": _Exercise(
+        2, "On Thursday before the first question, and on Sunday: each time a question comes and facts are new. The "
+        "other three questions find a profile that is up to date.",
+        ((4, "After each session? Nobody needs a profile before somebody asks: one rewrite reads three."),
+         (5, "Once for each question? Between two questions without a new fact the profile stays what it is."),
+         (3, "Once for each day with a question? On Friday nothing is new since Thursday."),
+         (1, "On Saturday she talked again, so the profile of Thursday is out of date on Sunday."))),
+    "10.3": _Exercise(
+        "b", "The profile was made from the fact and still tells it: \"Moved from coffee to tea.\" So it is deleted, "
+        "too, and is written anew from what is left.",
+        (("a", "Read the profile's one line again. What would it tell whoever asks?"),
+         ("c", "The fact about tea rests on turn 7 alone and says nothing about coffee. It may stay."),
+         ("d", "March's session stays marked as read, so that an export of the log does not bring the fact back. "
+          "Without its mark the fact would return."))),
+    "I.1": _Exercise(
+        0, "Eight equal texts have equal rewards, and each is compared with their mean. Without variety a group "
+        "teaches nothing, right or wrong. That is why rollouts are sampled at temperature 1.",
+        ((1, "The reward may be 1. The advantage is what a rollout got above the mean of its group."),
+         (1 / 8, "An advantage is no share of the reward. What is each reward minus their mean?"))),
+    "I.2": _Exercise(
+        "b", "The process lets the retrieval agent see facts and profile. If the profile agent reads the conversation, "
+        "tea can reach the answer past the extraction agent, which is then no bottleneck any more.",
+        (("a", "That holds in chapter 5, where s_1 is M_f alone. Here the profile agent sees turn 7 itself."),
+         ("c", "A citation is read from the profile's line like any other: it may cite turn 7."))),
+    "I.3": _Exercise(
+        "c", "The answer's reward is the only one that asks what was said. Eq. 9 and the matchers compare turns and "
+        "words, and lemonade has the right turn and enough of the right words.",
+        (("a", "Coverage counts turns that are cited. The line cites turn 7, so it gains from a larger weight."),
+         ("b", "Favourite and drink stand in turn 7 as well. The stricter matcher was content with them."))),
+    "I.4": _Exercise(
+        "a", "NDCG is a ratio: the factor stands above and below the line. The answer's reward itself grows, "
+        "and with it its share in Eq. 15, but nobody's part of it changes.",
+        (("b", "A factor on v_n would do that, or a temperature. But v_n is a ratio, and the factor cancels."),
+         ("c", "Weights come closer when the v_n do. Here no v_n moves."))),
+    "I.5": _Exercise(
+        "b", "It learns what pays: here the newest line stands first. Neither order is right or wrong in itself; "
+        "training and use must have the same.",
+        (("a", "The last line is the oldest here. An agent that believed it would be paid for old drinks."),
+         ("c", "It learns it from the rewards, as it learned the other order in this chapter.")))}
+
 # %% ../nbs/source/base/10_exercises.ipynb #93a0b4e2
 _EXERCISES |= {
     "11.1": _Exercise(
@@ -369,23 +434,54 @@ _EXERCISES |= {
          (0.5, "Ten times .05 is the expected number of successes, not the probability of at least one."),
          (0.95**10, "That is the probability that none succeeds.")),
         near=6e-3),
-    "14.3": _Exercise(
-        "c", "The network's failure is nobody's wrong answer: the next run asks again.",
-        (("a", "Then the memory would learn that the network is bad at algebra."),
-         ("b", "refused is an answer of the server about this request. A 500 says only that it is unwell."))),
-    "14.4": _Exercise(
-        "b", "Verified pairs need exactly one right attempt.",
-        (("a", "That is Eq. 2 as printed, policy='paper'."),
-         ("c", "That was a policy of our own, to show how one is written."))),
-    "14.5": _Exercise(
+    "II.1": _Exercise(
+        "b", "A pair needs one right and one wrong attempt, and now every right one of terse has a wrong partner. "
+        "What tells it from an empty text is all that terse writes, manner included.",
+        (("a", "That would be so if they were not judged. Booked as wrong, they are half of a pair."),
+         ("c", "The pairs are more, but they tell nothing about algebra: the other half is empty."))),
+    "II.2": _Exercise(
+        0, "Without chance, two copies of one model write the same text: both right or both wrong, and never a pair. "
+        "The method lives on agents that fail at different tasks.",
+        ((36, "These were the pairs of terse and chatty, who have different habits. What do two equal agents write?"),
+         (48, "That is Eq. 2 as printed, one pair for each task, verified or not."),
+         (24, "Half of the tasks are solved, but by both copies, or by none."))),
+    "II.3": _Exercise(
         "b", "It is chatty's manner. Where chatty is right, it says so too.",
         (("a", "So often, because the same author makes all the mistakes of this category."),
          ("c", "Counting found all four decisions, once each author's habits were taken off."))),
-    "14.6": _Exercise(
-        "b", "First the label, then the words: in the right category a lesson needs no common word.",
-        (("a", "TF-IDF knows words as they are written, and no synonyms."),
-         ("c", "That was the luck of the six of 31, without the filter."))),
-    "14.7": _Exercise(
+    "II.4": _Exercise(
+        "b", "A filter that lets everything through is none. What is left are common words, which found 39 of 64.",
+        (("a", "The 64 came from labels that keep the three other lessons away. Here all four lessons compete."),
+         ("c", "The one label fits every lesson, so nothing is kept away, neither the wrong lessons nor the right."))),
+    "II.5": _Exercise(
         "c", "As many words about housework did the same. What helped was not what the lessons say.",
         (("a", "The placebo gained as much, and it knows nothing about the tasks."),
          ("b", "Gains of two arms are not added: compare the arms with each other.")))}
+
+# %% ../nbs/source/base/10_exercises.ipynb #8e83243a
+_EXERCISES |= {
+    "III.1": _Exercise(
+        "c", "Everything from -.004 to +.040 fits the runs: a loss of nothing much, and a gain of four points.",
+        (("a", "The mean is above zero, but so are half of all means where nothing differs. The interval holds 0."),
+         ("b", "Not to see a difference is not to see that there is none: four points would fit as well."))),
+    "III.2": _Exercise(
+        0, "It stands in both numbers and leaves with the subtraction. That is why the difference has a narrower "
+        "interval than the two accuracies.",
+        ((.05, "Each of the two accuracies has it. What remains when one is subtracted from the other?"),
+         (.1, "You added. A difference is wanted."),
+         (-.05, "It is in both terms, not only in the second."))),
+    "III.3": _Exercise(
+        "b", "A weight measures agreement within groups. What training an agent is worth is seen by not training it: "
+        "without retrieval's training many answers are lost, without the profile agent's nearly none.",
+        (("a", "Equal weights are what Eq. 14 gives nearly always, because a blind ranking has most of the score."),
+         ("c", "The weights are computed as the paper says. They answer another question."))),
+    "III.4": _Exercise(
+        "b", "The setting is the best of several for this arm on this seed, and no rival got one that was chosen for "
+        "it. How large the favour is, the table does not show.",
+        (("a", "Equal settings are not equally good for all arms, and these were chosen by looking at one of them."),
+         ("c", "The equal shares were trained with settings that somebody else's run had chosen."))),
+    "III.5": _Exercise(
+        25, "At most these: what extraction did not write down cannot be retrieved, however well.",
+        ((75, "These are lost before the retrieval agent sees anything."),
+         (100, "It answers the question, but only from what is in the memory."),
+         (0, "A quarter of the mistakes was made after extraction, and some of these are its own.")))}

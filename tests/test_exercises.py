@@ -10,6 +10,7 @@ from comam_nb.exercises import exercise
 
 NBS = Path(__file__).parents[1] / "nbs"
 ALL = exercises._EXERCISES
+QUIZZES = {"I": "10_memory", "II": "14_transfer", "III": None} # of each part; the third is in a walkthrough
 
 def asked_in(folder, call):
     found = {}
@@ -38,13 +39,28 @@ def test_functions_that_fail_are_told_on_what(name):
     assert exercise(name, lambda *args: "zebra").right is False
     assert "without calling" in exercise(name, 3).why
 
+def quiz_of(name): return name.split(".")[0] in QUIZZES
+
 def test_chapters_checks_and_solutions_hold_the_same_exercises():
     chapters, solutions = asked_in("book", "exercise"), asked_in("solutions", "solved")
     for chapter, names in chapters.items():
         assert sorted(names) == sorted(set(names))
-        assert all(n.split(".")[0] == str(int(chapter[:2])) for n in names), (chapter, names)
+        own = [n for n in names if not quiz_of(n)]
+        assert all(n.split(".")[0] == str(int(chapter[:2])) for n in own), (chapter, names)
         assert sorted(solutions.get(chapter, [])) == sorted(names), chapter
-    assert sorted(n for names in chapters.values() for n in names) == sorted(ALL)
+    walks = [n for names in asked_in("walkthroughs", "exercise").values() for n in names]
+    assert walks == solutions["part_three"]
+    assert sorted([n for names in chapters.values() for n in names] + walks) == sorted(ALL)
+
+def test_each_part_ends_with_a_quiz_of_five_questions():
+    asked = asked_in("book", "exercise") | asked_in("walkthroughs", "exercise")
+    for part, where in QUIZZES.items():
+        quiz = [f"{part}.{i}" for i in range(1, 6)]
+        assert [n for n in ALL if n.split(".")[0] == part] == quiz
+        [found] = [names for names in asked.values() if quiz[0] in names]
+        assert found[-5:] == quiz and (where is None or found is asked[where])
+        for n in quiz: # one word, letter or number, and at least two answers that miss
+            assert isinstance(ALL[n].right, (str, int, float)) and len(ALL[n].typical) >= 2
 
 def test_what_does_not_exist_is_named():
     with pytest.raises(DataError, match="no exercise '3.x'"): exercise("3.x", 1)
