@@ -277,6 +277,45 @@ _EXERCISES |= {
           "An agent that was paid better where the answer was wrong gets a negative share: stop at 0.")),
         ((_ANA, [1, 1, 0, 0]), ([[0, 1], [1, 0]], [1, 0]), ([[.2, .9], [.5, .5]], [1, 1]), ([[0, 1], [0, 1]], [1, 0])))}
 
+# %% ../nbs/source/base/10_exercises.ipynb #c45f1ca7
+_EXERCISES |= {
+    "8.1": _Exercise(
+        0.5609 / 36, "The advantage is divided among 4 texts and 9 tokens: .5609 / 36 = .0156.",
+        ((0.5609 / 9, "This is its share among the tokens. The loss is also a mean over the four texts."),
+         (0.5609 / 4, "This is the pull on the whole text. It has nine tokens, and the loss takes their mean."),
+         (0.5609, "This is the advantage. The loss takes a mean over the tokens of a text, and one over the texts."),
+         (-0.5609 / 36, "This is the derivative of the loss. The pull is minus that: what is praised gets likelier."),
+         (0.5609 / 108, "You also divided by the three agents. Each has a loss of its own.")), near=2e-4),
+    "8.2": _Exercise(
+        (0.7465 / 25 - 0.4597 / 13) / 4, "(.02986 - .03536) / 4 = -.0014. The blame is smaller, but only 13 tokens "
+        "share it; so the line is pushed down.",
+        (((0.7465 - 0.4597) / 4, "You added the advantages. Each is first divided among the tokens of its own text."),
+         (0.7465 / 25 - 0.4597 / 13, "The sign is right. The loss is also a mean over the four texts of the group."),
+         ((0.4597 / 13 - 0.7465 / 25) / 4, "The right size with the wrong sign: which of the two pulls is larger?"),
+         ((0.7465 / 25 + 0.4597 / 13) / 4, "The second advantage is below zero."),
+         ((0.7465 - 0.4597) / 4 / 6, "Divided by the six tokens of the line. A text's advantage is divided among all "
+          "of its tokens.")), near=1e-4),
+    "8.3": _Exercise(
+        lambda advantages, lengths: [a / sum(lengths) for a in advantages],
+        "Every token counts alike. With Ana's numbers the line on Miso gets (.7465 - .4597) / 52 = +.0055: it is "
+        "pulled up now.",
+        ((lambda advantages, lengths: [a / len(advantages) / t for a, t in zip(advantages, lengths)],
+          "These are the pulls of Eq. 16: a mean over each text first. Here is one mean over all tokens."),
+         (lambda advantages, lengths: [a / t for a, t in zip(advantages, lengths)],
+          "Each text is averaged by itself. Here is one mean over all tokens of all texts."),
+         (lambda advantages, lengths: [a / sum(lengths) / len(advantages) for a in advantages],
+          "The sum of the lengths is right; there is no second mean over the texts."),
+         (lambda advantages, lengths: [a * t / sum(lengths) for a, t in zip(advantages, lengths)],
+          "This is the pull on a whole text. Asked is that on one of its tokens.")),
+        (([1.0, -1.0], [2, 6]), ([0.9029, 0.7465, -0.4597, -1.1897], [12, 25, 13, 2])), near=1e-4),
+    "8.4": _Exercise(
+        0.28, "Together they have sqrt(2.4^2 + .7^2) = 2.5, so everything is divided by 2.5: .7 / 2.5 = .28.",
+        ((0.7, "That is clipped alone: .7 is below the limit. Together, the wild one's norm counts for both."),
+         (0.7 / 3.1, "Norms of parts do not add up; their squares do."),
+         (0.7 / 2.4, "You divided by the wild agent's norm. The norm of both together is a little larger."),
+         (1.0, "Clipping only makes gradients shorter."),
+         (0.5, "The limit is not cut in halves. All is divided by the same number, until the norm of both is 1.")))}
+
 # %% ../nbs/source/base/10_exercises.ipynb #0777a215
 def _by_replacement(as_is, without, clamp=True, share=True):
     gains = [x - as_is for x in without]

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
+from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from ..base.errors import BackboneError, CreditError
@@ -54,6 +55,32 @@ def running(
 def _unwrap(model: torch.nn.Module) -> None:
     "Without the autocast that Accelerate hangs on a model: what is measured before and after a run is measured alike."
     if "_original_forward" in model.__dict__: model.forward = model.__dict__.pop("_original_forward")
+
+# %% ../../nbs/source/rl/04_launch.ipynb #5ad8840a
+class TeamCheckpoints(GRPOTrainer):
+    """TRL's trainer with checkpoints that hold a team and a sampler, of whoever inherits: `self.team`, `self.joint`.
+    Raises `CreditError` where a run under FSDP is to be resumed."""
+    def _save(self, output_dir=None, state_dict=None):
+        self.team.save(output_dir or self.args.output_dir, write=self.args.should_save)
+
+    def _load_from_checkpoint(self, checkpoint, model=None):
+        if self.is_fsdp_enabled:
+            raise CreditError(f"{checkpoint}: a run under FSDP cannot be resumed, because Accelerate writes the active "
+                              "adapter only: start again")
+        self.team.load(checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and self.joint.sampler: self.joint.sampler.load(checkpoint)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        if self.joint.sampler and self.args.should_save: self.joint.sampler.save(output_dir)
+        self.accelerator.wait_for_everyone() # `trainer_state.json` comes next
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
 
 # %% ../../nbs/source/rl/04_launch.ipynb #efc288a4
 def check_run(
