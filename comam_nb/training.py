@@ -7,18 +7,16 @@ __all__ = ['CoMAMTrainer']
 
 # %% ../nbs/book/08_training.ipynb #741c70e7
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 
 import torch
 from datasets import Dataset
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from transformers import TrainerCallback
-from transformers.trainer_utils import TrainOutput
 
 from .agents import Agent
 from .data import Episode
 from .rl.joint_rollout import JointRollout, Rollouts
-from .rl.launch import TeamCheckpoints, check_run, running, settle, whole_weights
+from .rl.launch import TeamTrainer, check_run, settle, whole_weights
 from .rl.log import log_step
 from .rl.sampler import PrioritySampler
 from .rl.scorer import Scorer
@@ -36,7 +34,7 @@ def clip_each(
         clip_grad_norm_(weights, limit * (len(names) / agents))
 
 # %% ../nbs/book/08_training.ipynb #8283c129
-class CoMAMTrainer(TeamCheckpoints):
+class CoMAMTrainer(TeamTrainer):
     "Joint GRPO training of a team (CoMAM §4.3, Algorithm 1)."
     def __init__(self,
         team:Team|dict[str, Agent], # who acts and who is trained; see `make_team`
@@ -63,15 +61,6 @@ class CoMAMTrainer(TeamCheckpoints):
         for p in learning: p.requires_grad_(True) # all adapters, not only the active one
         self.scorer = Scorer(self.team, args, self.accelerator)
         settle(self, self.team)
-
-    def train(self, *args, **kwargs)->TrainOutput:
-        "As TRL's `train`. Raises `LostProcess` where another process has ended."
-        with running(self), closing(self.joint):
-            return super().train(*args, **kwargs)
-
-    def _gather(self, x): # [E_local, …] -> [E, …], in the order of the episodes
-        if self.accelerator.num_processes == 1: return x
-        return self.accelerator.gather(x.contiguous().to(self.accelerator.device)).cpu()
 
     def _rollout(self, labels, trainer):
         with whole_weights(self.model_wrapped), self.scorer.readings.open(self.model):

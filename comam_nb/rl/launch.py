@@ -8,12 +8,13 @@ __all__ = ['LostProcess', 'running', 'check_run', 'settle', 'whole_weights']
 # %% ../../nbs/source/rl/04_launch.ipynb #053c9211
 import os, re, signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 
 import torch
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -57,9 +58,18 @@ def _unwrap(model: torch.nn.Module) -> None:
     if "_original_forward" in model.__dict__: model.forward = model.__dict__.pop("_original_forward")
 
 # %% ../../nbs/source/rl/04_launch.ipynb #5ad8840a
-class TeamCheckpoints(GRPOTrainer):
-    """TRL's trainer with checkpoints that hold a team and a sampler, of whoever inherits: `self.team`, `self.joint`.
-    Raises `CreditError` where a run under FSDP is to be resumed."""
+class TeamTrainer(GRPOTrainer):
+    """TRL's trainer for a run of several processes whose checkpoints hold a team and a sampler; who inherits brings
+    `self.team` and `self.joint`. Raises `CreditError` where a run under FSDP is to be resumed."""
+    def train(self, *args, **kwargs)->TrainOutput:
+        "As TRL's `train`. Raises `LostProcess` where another process has ended."
+        with running(self), closing(self.joint):
+            return super().train(*args, **kwargs)
+
+    def _gather(self, x): # [E_local, …] -> [E, …], in the order of the episodes
+        if self.accelerator.num_processes == 1: return x
+        return self.accelerator.gather(x.contiguous().to(self.accelerator.device)).cpu()
+
     def _save(self, output_dir=None, state_dict=None):
         self.team.save(output_dir or self.args.output_dir, write=self.args.should_save)
 
