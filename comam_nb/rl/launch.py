@@ -8,12 +8,14 @@ __all__ = ['LostProcess', 'running', 'check_run', 'settle', 'whole_weights']
 # %% ../../nbs/source/rl/04_launch.ipynb #053c9211
 import os, re, signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 
 import torch
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import TrainOutput
+from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from ..base.errors import BackboneError, CreditError
@@ -54,6 +56,41 @@ def running(
 def _unwrap(model: torch.nn.Module) -> None:
     "Without the autocast that Accelerate hangs on a model: what is measured before and after a run is measured alike."
     if "_original_forward" in model.__dict__: model.forward = model.__dict__.pop("_original_forward")
+
+# %% ../../nbs/source/rl/04_launch.ipynb #5ad8840a
+class TeamTrainer(GRPOTrainer):
+    """TRL's trainer for a run of several processes whose checkpoints hold a team and a sampler; who inherits brings
+    `self.team` and `self.joint`. Raises `CreditError` where a run under FSDP is to be resumed."""
+    def train(self, *args, **kwargs)->TrainOutput:
+        "As TRL's `train`. Raises `LostProcess` where another process has ended."
+        with running(self), closing(self.joint):
+            return super().train(*args, **kwargs)
+
+    def _gather(self, x): # [E_local, …] -> [E, …], in the order of the episodes
+        if self.accelerator.num_processes == 1: return x
+        return self.accelerator.gather(x.contiguous().to(self.accelerator.device)).cpu()
+
+    def _save(self, output_dir=None, state_dict=None):
+        self.team.save(output_dir or self.args.output_dir, write=self.args.should_save)
+
+    def _load_from_checkpoint(self, checkpoint, model=None):
+        if self.is_fsdp_enabled:
+            raise CreditError(f"{checkpoint}: a run under FSDP cannot be resumed, because Accelerate writes the active "
+                              "adapter only: start again")
+        self.team.load(checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and self.joint.sampler: self.joint.sampler.load(checkpoint)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        if self.joint.sampler and self.args.should_save: self.joint.sampler.save(output_dir)
+        self.accelerator.wait_for_everyone() # `trainer_state.json` comes next
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
 
 # %% ../../nbs/source/rl/04_launch.ipynb #efc288a4
 def check_run(
