@@ -164,7 +164,8 @@ class FourSteps(MemoryMDP):
     agents = (*AGENTS, "reader")
     def transition(self, state, action):
         if state.agent == "retrieval":
-            return replace(state, step=3, shown=tuple(state.shown[n - 1] for n in action.used), evidence=action.evidence)
+            named = tuple(state.shown[n - 1] for n in action.used)
+            return replace(state, step=3, shown=named, evidence=action.evidence)
         if state.agent == "reader": return replace(state, step=4, answer=action.answer)
         return super().transition(state, action)
 

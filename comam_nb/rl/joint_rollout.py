@@ -84,7 +84,8 @@ class JointRollout:
         self.team, self.episodes, self.rewards, self.args = team, list(episodes), rewards, args
         self.scheme, self.sampler, self.intervene = credit or args.credit, sampler, intervene
         self.engines:dict[int, tuple[Backbone, Callable|None]] = {} # by policy
-        assign(torch.zeros(1, len(team.process.agents), 2), torch.zeros(1, 2), self.scheme) # what cannot work fails now, not in step 1
+        A = len(team.process.agents)
+        assign(torch.zeros(1, A, 2), torch.zeros(1, 2), self.scheme) # what cannot work fails now, not in step 1
 
     def __call__(self,
         labels:Sequence[str], # of this process's rows, see `CoMAMConfig.rows`: agents x E x G
