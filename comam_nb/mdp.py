@@ -35,20 +35,22 @@ class State:
     evidence:frozenset[int]=frozenset() # turn numbers, E'_q; at the end
     answer:str="" # p; at the end
     shown:tuple[Note, ...]|None=field(default=None, compare=False, repr=False) # found
+    agents:tuple[str, ...]=field(default=AGENTS, compare=False, repr=False) # who acts
 
     @property
     def agent(self)->str|None:
         "Whose turn it is; None at the end."
-        return AGENTS[self.step] if self.step < 3 else None
+        return None if self.done else self.agents[self.step]
 
     @property
     def done(self)->bool:
         "Has everybody acted?"
-        return self.step == 3
+        return self.step == len(self.agents)
 
 # %% ../nbs/book/05_mdp.ipynb #572a0bdd
 class MemoryMDP:
     "The three-step decision process of one episode (§4.2)."
+    agents = AGENTS # who acts, in this order
     def __init__(self,
         episode:Episode, # history, query, gold answer and evidence
         intervene:Callable[..., Action]|None=None, # what is passed on instead
@@ -58,7 +60,7 @@ class MemoryMDP:
 
     def reset(self)->State:
         "s_0: the conversation."
-        return State(0, history=self.episode.history)
+        return State(0, history=self.episode.history, agents=self.agents)
 
     def step(self,
         state:State, # s_n
@@ -68,10 +70,18 @@ class MemoryMDP:
         if state.done: raise ValueError("the episode is over: start again with reset()")
         if self.intervene:
             action = self.intervene(self.episode, state.agent, state, action)
-        if state.step == 0: return State(1, fine=action.notes)
-        if state.step == 1:
-            asked = self.episode.query, self.episode.options
-            return State(2, (), state.fine, action.notes, *asked)
+        return self.transition(state, action)
+
+    def transition(self,
+        state:State, # s_n
+        action:Action, # a_n
+    )->State: # s_{n+1}
+        "T alone: what the next agent sees."
+        if state.agent == "extraction":
+            return replace(state, step=1, history=(), fine=action.notes)
+        if state.agent == "profile":
+            asked = dict(query=self.episode.query, options=self.episode.options)
+            return replace(state, step=2, coarse=action.notes, **asked)
         return replace(state, step=3, evidence=action.evidence, answer=action.answer)
 
 # %% ../nbs/book/05_mdp.ipynb #40ca088e
@@ -124,7 +134,7 @@ def _html_table(rows:Sequence[Sequence[str]], header:Sequence[str])->str:
 class Trajectory:
     "One run of the three agents over an episode."
     episode:Episode # what it is about
-    transitions:list[Transition]=field(default_factory=list) # three
+    transitions:list[Transition]=field(default_factory=list) # one an agent
     final:State|None=None # s_3
     answer_reward:float|None=None # r_ans, set by `comam_nb.rewards`
 
@@ -134,7 +144,9 @@ class Trajectory:
         return sum(t.action.malformed for t in self.transitions)
 
     def __getitem__(self, agent:str)->Transition:
-        return self.transitions[AGENTS.index(agent)]
+        "What one agent did."
+        names = [t.agent for t in self.transitions]
+        return self.transitions[names.index(agent)]
 
     def to_json(self)->dict[str, Any]: # plain JSON values
         "The episode once, then the acts; `from_json` is its inverse."
@@ -173,7 +185,7 @@ class Trajectory:
 
 # %% ../nbs/book/05_mdp.ipynb #a09ce392
 def rollout(
-    agents:Mapping[str, Agent], # the three of `AGENTS`
+    agents:Mapping[str, Agent], # those of the process: the three of `AGENTS`
     episodes:Sequence[Episode], # E episodes
     G:int=8, # trajectories per episode
     temperature:float=1.0, # of the policies
@@ -182,11 +194,13 @@ def rollout(
     seeds:Sequence[tuple[int, ...]]|None=None, # E; None: torch's generator
 )->list[list[Trajectory]]: # [E][G], rewards not yet computed
     """Roll out a group for each of several episodes, all in step (§4.2).
-    With `seeds`, an episode's group is the same whatever else is rolled out."""
-    mdps = [MemoryMDP(e, intervene) for e in episodes]
+    With `seeds`, an episode's group is the same whatever else is rolled out.
+    A team may bring a process of its own, as `agents.process`."""
+    process = getattr(agents, "process", MemoryMDP)
+    mdps = [process(e, intervene) for e in episodes]
     groups = [[Trajectory(m.episode, final=m.reset()) for _ in range(G)] for m in mdps]
     flat = [(m, t) for m, g in zip(mdps, groups) for t in g]
-    for n, name in enumerate(AGENTS):
+    for n, name in enumerate(process.agents):
         agent, draws = agents[name], None
         if seeds is not None: # [E, G, tokens]
             draws = own_draws([(*s, n) for s in seeds], G, agent.max_new_tokens)

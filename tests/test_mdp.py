@@ -156,3 +156,32 @@ def test_all_options_are_shown(n):
 def test_more_options_than_letters():
     with pytest.raises(DataError, match="27 options, but letters name only 26"):
         RetrievalAgent().prompt(State(2, query=Query("Where?"), options=("x",) * 27))
+
+# ---------------------------------------------------------------- a process of one's own
+
+class FourSteps(MemoryMDP):
+    "Retrieval hands on what it named, and a reader answers from that."
+    agents = (*AGENTS, "reader")
+    def transition(self, state, action):
+        if state.agent == "retrieval":
+            named = tuple(state.shown[n - 1] for n in action.used)
+            return replace(state, step=3, shown=named, evidence=action.evidence)
+        if state.agent == "reader": return replace(state, step=4, answer=action.answer)
+        return super().transition(state, action)
+
+def test_a_team_brings_its_process_with_a_fourth_agent():
+    from comam_nb.rl.evaluation import evaluate
+    from comam_nb.rl.team import Team
+    class Reader(RetrievalAgent): name = "reader"
+    reader = Reader(Scripted(["<information> [1] </information> <final_answer> mint tea </final_answer>"]))
+    four = Team({**example_agents(), "reader": reader}, trained=(), process=FourSteps)
+    seen = []
+    [[t]] = rollout(four, [example_episode()], 1, intervene=lambda e, name, s, a: seen.append(name) or a)
+    assert seen == [x.agent for x in t.transitions] == [*AGENTS, "reader"]
+    assert [n.text for n in t["reader"].state.shown] == ["The favourite drink is tea."] # retrieval named line 2 of 3
+    assert (t.final.done, t.final.agent, t.final.answer, t.final.evidence) == (True, None, "mint tea", frozenset({7}))
+    with pytest.raises(ValueError, match="over"): FourSteps(t.episode).step(t.final, Action())
+    rewards = lambda groups: ([[[1.0] for _ in FourSteps.agents] for _ in groups], [[0.0] for _ in groups])
+    scores = evaluate(four, [example_episode()], rewards)
+    assert list(scores) == ["answer_accuracy", "r_cons_f", "r_cons_c", "r_ret", "r_reader"]
+    assert [x.agent for x in rollout(example_agents(), [example_episode()], 1)[0][0].transitions] == list(AGENTS)

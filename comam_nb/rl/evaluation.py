@@ -14,15 +14,14 @@ import torch
 from ..agents import Agent
 from ..base.statistics import bootstrap
 from ..data import Episode
-from ..mdp import AGENTS, rollout
+from ..mdp import rollout
+from .log import REWARD_NAMES
 
 # %% ../../nbs/source/rl/08_evaluation.ipynb #4caacfc2
-_METRICS = ("answer_accuracy", "r_cons_f", "r_cons_c", "r_ret")
-
 def evaluate(
     agents:Mapping[str, Agent], # a team
     episodes:list[Episode], # E held-out episodes
-    rewards:Callable, # groups [E][1] -> (local [E, 3, 1], r_ans [E, 1])
+    rewards:Callable, # groups [E][1] -> (local [E, A, 1], r_ans [E, 1])
     temperature:float=0.8, # the paper's for evaluation
     seed:int=0, # of the sampling
     batch_size:int=256, # completions under way at once
@@ -33,7 +32,9 @@ def evaluate(
         torch.manual_seed(seed)
         groups = rollout(agents, episodes, 1, temperature, batch_size=batch_size, **kwargs)
     local, answers = (torch.as_tensor(x).float().numpy() for x in rewards(groups))
-    return dict(zip(_METRICS, (answers[:, 0], *(local[:, i, 0] for i in range(len(AGENTS))))))
+    names = [t.agent for t in groups[0][0].transitions] # A
+    return {"answer_accuracy": answers[:, 0],
+            **{REWARD_NAMES.get(a, f"r_{a}"): local[:, i, 0] for i, a in enumerate(names)}}
 
 # %% ../../nbs/source/rl/08_evaluation.ipynb #7fe3e764
 def before_after(
@@ -43,7 +44,7 @@ def before_after(
 )->str: # a plain-text table
     "Means with intervals before and after, and the paired difference."
     rows = [["", *["base"] * (base is not None), "before", "after", "difference"]]
-    for m in _METRICS:
+    for m in before:
         scores = [*([base[m]] if base is not None else []), before[m], after[m], after[m] - before[m]]
         rows.append([m, *(str(bootstrap(x)) for x in scores)])
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -18,7 +18,7 @@ from ..credit import Credit, assign
 from ..data import Episode
 from ..lm.backbone import Backbone
 from ..lm.engines import make_engine
-from ..mdp import AGENTS, Trajectory, Transition, rollout
+from ..mdp import Trajectory, Transition, rollout
 from .settings import CoMAMConfig
 from .team import Team
 
@@ -29,11 +29,11 @@ def _cut_off(policy: Backbone, ids: Sequence[int]) -> bool:
 
 @dataclass
 class Rollouts:
-    "A step's episodes of one process: E groups of G trajectories, their rewards and the credit."
+    "A step's episodes of one process: E groups of G trajectories of A agents, their rewards and the credit."
     groups:list[list[Trajectory]] # [E][G]
-    local:torch.Tensor # [E, 3, G] local rewards, Eq. 9-11
+    local:torch.Tensor # [E, A, G] local rewards, Eq. 9-11
     answers:torch.Tensor # [E, G] r_ans, Eq. 12
-    credit:Credit # weights [E, 3] and integrated rewards [E, 3, G], Eq. 13-15
+    credit:Credit # weights [E, A] and integrated rewards [E, A, G], Eq. 13-15
 
     def acts(self, agent:str)->list[Transition]: # E x G
         "What one agent did, in the order of its rows."
@@ -51,7 +51,7 @@ class Rollouts:
     )->dict[str, list|None]: # what TRL's `rollout_func` returns, of agents x E x G rows
         "The rows that TRL goes on with."
         acts = [(team[name].policy, t) for name in trained for t in self.acts(name)]
-        places = [AGENTS.index(name) for name in trained]
+        places = [team.process.agents.index(name) for name in trained]
         integrated = self.credit.rewards[:, places].transpose(0, 1).reshape(-1) # [agents, E, G], flat
         rows = {"prompt_ids": [t.prompt_ids for _, t in acts], "completion_ids": [t.action_ids for _, t in acts],
                 "logprobs": None, "integrated": integrated.tolist()}
@@ -74,9 +74,9 @@ class JointRollout:
     def __init__(self,
         team:Team, # who acts
         episodes:Sequence[Episode], # training episodes
-        rewards:Callable, # groups [E][G] of Trajectory -> (local [E, 3, G], r_ans [E, G]); see `comam_nb.rewards`
+        rewards:Callable, # groups [E][G] of Trajectory -> (local [E, A, G], r_ans [E, G]); see `comam_nb.rewards`
         args:CoMAMConfig, # E, G, temperature, credit
-        credit:Callable|None=None, # (local [3, G], r_ans [G]) -> weights [3]; None takes args.credit
+        credit:Callable|None=None, # (local [A, G], r_ans [G]) -> weights [A]; None takes args.credit
         sampler:object|None=None, # a `PrioritySampler`; None goes through the episodes in random order
         intervene:Callable|None=None, # see `MemoryMDP`
     ):
@@ -84,7 +84,8 @@ class JointRollout:
         self.team, self.episodes, self.rewards, self.args = team, list(episodes), rewards, args
         self.scheme, self.sampler, self.intervene = credit or args.credit, sampler, intervene
         self.engines:dict[int, tuple[Backbone, Callable|None]] = {} # by policy
-        assign(torch.zeros(1, 3, 2), torch.zeros(1, 2), self.scheme) # what cannot work fails now, not in step 1
+        A = len(team.process.agents)
+        assign(torch.zeros(1, A, 2), torch.zeros(1, 2), self.scheme) # what cannot work fails now, not in step 1
 
     def __call__(self,
         labels:Sequence[str], # of this process's rows, see `CoMAMConfig.rows`: agents x E x G
@@ -95,7 +96,7 @@ class JointRollout:
     )->Rollouts:
         "Roll out this process's episodes of a step."
         a, G = self.args, self.args.num_generations
-        trained = [AGENTS.index(name) for name in a.trained_agents]
+        trained = [self.team.process.agents.index(name) for name in a.trained_agents]
         E = len(labels) // (len(trained) * G)
         chosen = self.sampler.choose(a.episodes_per_step) if self.sampler else None # the same in every process
         numbers = chosen[place * E:(place + 1) * E] if chosen else [json.loads(x)["episode"] for x in labels[:E * G:G]]

@@ -20,7 +20,7 @@ from ..base.errors import BackboneError
 from ..lm.backbone import Backbone
 from ..lm.lora import add_adapters, load_adapter, save_adapter, use_adapter, without_adapters
 from ..lm.scoring import choice_probs
-from ..mdp import AGENTS
+from ..mdp import AGENTS, MemoryMDP
 
 # %% ../../nbs/source/rl/01_team.ipynb #c65aeb4a
 def _copy(model: torch.nn.Module) -> torch.nn.Module:
@@ -133,6 +133,7 @@ class Team(Mapping):
     agents:dict[str, Agent] # each with its policy (a `Backbone`, or anything that completes prompts) and adapter
     trained:Sequence[str]|None=None # names of those that a run may update; None: all that have a local model
     judge:object|None=None # a `Backbone`, or an object with `choice_probs`; None: the profile agent's model, frozen
+    process:type[MemoryMDP]=MemoryMDP # which agents act, in which order, and what each sees of the others
 
     def __post_init__(self):
         self.agents, self._several = dict(self.agents), None
