@@ -122,7 +122,7 @@ _EXERCISES |= {
         ((-2, "This is its log-probability. What is its exponential?"),
          (math.exp(-1), "This is the average for a token, exp(-1). For the whole text the two add up."),
          (math.exp(-0.5) + math.exp(-1.5), "You added probabilities. Of two things that must both happen they are "
-          "multiplied.")), near=2e-3),
+          "multiplied.")), near=6e-3),
     "2.2": _Exercise(
         [4, 5, 6], "The tokens stand at 5, 6 and 7, and logits predict the next place.",
         (([5, 6, 7], "There the tokens stand. What predicts the first of them stands before it."),
@@ -152,11 +152,11 @@ _EXERCISES |= {
           "The sum is right, but there are only G - 1 others to divide by.")),
         (([1.0, 0.0, 0.0, 0.0],), ([0.2, 0.4],), ([3.0, 1.0, 2.0],))),
     "3.3": _Exercise(
-        0.3438, "1 - .9^4 - .1^4 = .344: two groups in three are right in all four answers and teach nothing.",
+        0.3438, "1 - .9^4 - .1^4 = .344 (.1^4 hardly counts): two groups in three are right in all four answers and "
+        "teach nothing.",
         ((0.6562, "This is the share of groups in which all are alike. The others teach."),
-         (0.9, "That is the share of right answers. A group is mixed unless all four are alike."),
-         (0.3439, "Nearly: a group may also be wrong in all four.")),
-        near=4e-5),
+         (0.9, "That is the share of right answers. A group is mixed unless all four are alike.")),
+        near=6e-3),
     "3.4": _Exercise(
         "b", "Its ratio is 0.5, below 1 - .2, and its advantage is negative: it has been pushed away far enough.",
         (("a", "An advantage above zero is clipped when the ratio is *above* 1.2. This one may still grow."),
@@ -224,7 +224,7 @@ _EXERCISES |= {
         0.8 + 0.2 * 2 / 3, "Coverage 1, Jaccard index 2/3: .8 + .2 * 2/3 = .933. One turn too many costs little.",
         ((0.2 + 0.8 * 2 / 3, "You took the weights of Eq. 11. Extraction has alpha = .8 on coverage."),
          (2 / 3, "That is the Jaccard index alone. Coverage counts .8 of the reward."),
-         (1, "Coverage is 1, but turn 8 is no evidence: the union has three turns."))),
+         (1, "Coverage is 1, but turn 8 is no evidence: the union has three turns.")), near=6e-3),
     "6.2": _Exercise(
         lambda found, gold: 2 * len(found & gold) / (len(found) + len(gold)) if found or gold else 1.0,
         "Both ways to fail count alike in F1; Eq. 9 and 11 say with one weight which way is worse.",
@@ -263,7 +263,7 @@ _EXERCISES |= {
         1.5 / 1.63093, "The right answers stand in places 1 and 3: (1 + .5) / 1.631 = .920.",
         ((1.5, "That is the DCG. Divide by that of the ideal ranking."),
          (0.5, "Half of the first two places are right, but NDCG counts all places, each by its discount."),
-         (0.75, "You divided by the number of right answers. Divide by the ideal DCG, 1 + .631."))),
+         (0.75, "You divided by the number of right answers. Divide by the ideal DCG, 1 + .631.")), near=6e-3),
     "7.2": _Exercise(
         "b", "With all orders equally likely each place has a right answer half of the time: "
         ".5 * (1 + .631 + .5 + .431) / 1.631 = .785. No knowledge, and still most of the score.",
@@ -288,7 +288,7 @@ _EXERCISES |= {
     "9.1": _Exercise(
         0.75 * 4 / 5 + 0.25 * 3 / 5, "Four of five facts can be kept, the kinds of three: .75 * .8 + .25 * .6 = .75.",
         ((0.8, "That is right for questions about facts. A quarter asks for kinds, of which three can be kept."),
-         (0.75 + 0.25 * 3 / 4, "That is the case of four subjects, above. Now there are five and still four lines."),
+         (0.75 + 0.25 * 3 / 4, "That is for users who speak of four subjects. These speak of five, and there are still four lines."),
          (0.75 * 3 / 5 + 0.25 * 4 / 5, "You exchanged the budgets: four lines of facts, three kinds."))),
     "9.2": _Exercise(
         _by_replacement, "It asks what each agent's mistakes cost. It needs an agent without mistakes, which only a "
