@@ -288,7 +288,7 @@ _EXERCISES |= {
     "9.1": _Exercise(
         0.75 * 4 / 5 + 0.25 * 3 / 5, "Four of five facts can be kept, the kinds of three: .75 * .8 + .25 * .6 = .75.",
         ((0.8, "That is right for questions about facts. A quarter asks for kinds, of which three can be kept."),
-         (0.75 + 0.25 * 3 / 4, "That is for users who speak of four subjects. These speak of five, and there are still four lines."),
+         (0.75 + 0.25 * 3 / 4, "That is for users who speak of four subjects. Here they speak of five."),
          (0.75 * 3 / 5 + 0.25 * 4 / 5, "You exchanged the budgets: four lines of facts, three kinds."))),
     "9.2": _Exercise(
         _by_replacement, "It asks what each agent's mistakes cost. It needs an agent without mistakes, which only a "
