@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['Note', 'Action', 'parse_answer', 'render_notes', 'Agent', 'Decision', 'act', 'ExtractionAgent', 'ProfileAgent',
-           'nearest', 'RetrievalAgent', 'split_history']
+           'nearest', 'RetrievalAgent']
 
 # %% ../nbs/book/04_agents.ipynb #652a43cc
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import count
 from string import ascii_lowercase as _LETTERS
 from typing import Any
 
@@ -19,10 +18,11 @@ import numpy as np
 from .base.citations import read_citations
 from .base.embedders import HashingEmbedder
 from .base.errors import DataError
-from .data import Session
 from .lm.chat import without_thinking
 from .lm.decoding import Sample, sample_each, sample_group
-from .lm.prompts import PROMPTS # noqa: F401, to be found here as well
+from .lm.histories import render_history
+from .lm.histories import split_history # noqa: F401, to be found here as well
+from .lm.prompts import PROMPTS # noqa: F401, the same
 from .lm.usage import Usage # noqa: F401, the same
 
 # %% ../nbs/book/04_agents.ipynb #83742377
@@ -92,18 +92,6 @@ def parse_answer(
     evidence = frozenset(turn for n in used for turn in handles[n])
     answer = " ".join(final[1].split()) if final else ""
     return Action((), evidence, answer, used, malformed)
-
-# %% ../nbs/book/04_agents.ipynb #ca1c583d
-def _render_history(
-    history:tuple[Session, ...], # H
-)->str: # one turn a line, "user: … [3]", counted from 1
-    "The conversation as the extraction agent reads it."
-    blocks, n = [], count(1)
-    for s in history:
-        said = [(m.role, " ".join(m.content.split())) for m in s.messages]
-        lines = [f"{role}: {text} [{next(n)}]" for role, text in said]
-        blocks.append("\n".join(([f"({s.date})"] if s.date else []) + lines))
-    return "\n\n".join(blocks)
 
 # %% ../nbs/book/04_agents.ipynb #cec1e12d
 def render_notes(
@@ -192,7 +180,7 @@ class ExtractionAgent(Agent):
                 "each followed by the number of its turn.\n{history}\nFacts:\n")
 
     def fields(self, state:Any)->dict[str, str]:
-        return {"history": _render_history(state.history)}
+        return {"history": render_history(state.history)}
 
     def parse(self, text:str, state:Any)->Action:
         turns = [m.turn for s in state.history for m in s.messages]
@@ -280,33 +268,3 @@ class RetrievalAgent(Agent):
     def parse(self, text:str, state:Any)->Action:
         handles = {i: n.cites for i, n in enumerate(self.candidates(state), 1)}
         return parse_answer(text, handles)
-
-# %% ../nbs/book/04_agents.ipynb #a97f2035
-def split_history(
-    history:tuple[Session, ...], # H
-    count:Callable[[str], int], # length of a text, for example in tokens
-    limit:int, # largest piece, in the same unit
-)->list[tuple[Session, ...]]: # histories that fit, in order; turn numbers are kept
-    "Split by session, then by message. Raises `DataError` if one message does not fit."
-    fits = lambda *sessions: count(_render_history(sessions)) <= limit
-    pieces:list[tuple[Session, ...]] = []
-    piece:tuple[Session, ...] = ()
-    for session in history:
-        if piece and fits(*piece, session):
-            piece += (session,)
-            continue
-        if piece: pieces.append(piece)
-        piece = ()
-        for message in session.messages:
-            grown = (*(piece[-1].messages if piece else ()), message)
-            one = Session(session.id, grown, session.date)
-            if not fits(one):
-                one = Session(session.id, (message,), session.date)
-                if not fits(one):
-                    where = f"turn {message.turn} of session {session.id!r} alone"
-                    length = count(_render_history((one,)))
-                    raise DataError(f"{where} has length {length} and only {limit} fit: "
-                                    "shorten it or take a model with a longer context")
-                pieces.append(piece)
-            piece = (one,)
-    return pieces + ([piece] if piece else [])
