@@ -48,7 +48,7 @@ class State:
 
 # %% ../nbs/book/05_mdp.ipynb #572a0bdd
 class MemoryMDP:
-    "The three-step decision process of one episode (§4.2)."
+    "The three-step decision process of one episode (CoMAM §4.2)."
     def __init__(self,
         episode:Episode, # history, query, gold answer and evidence
         intervene:Callable[..., Action]|None=None, # what is passed on instead
@@ -181,7 +181,7 @@ def rollout(
     batch_size:int=256, # completions under way at once
     seeds:Sequence[tuple[int, ...]]|None=None, # E; None: torch's generator
 )->list[list[Trajectory]]: # [E][G], rewards not yet computed
-    """Roll out a group for each of several episodes, all in step (§4.2).
+    """Roll out a group for each of several episodes, all in step (CoMAM §4.2).
     With `seeds`, an episode's group is the same whatever else is rolled out."""
     mdps = [MemoryMDP(e, intervene) for e in episodes]
     groups = [[Trajectory(m.episode, final=m.reset()) for _ in range(G)] for m in mdps]

@@ -226,7 +226,7 @@ def _profile_rewards(
 # %% ../nbs/book/06_rewards.ipynb #70240b6e
 @dataclass
 class Rewards:
-    "The four rewards of CoMAM (Eq. 9-12) for a batch of groups."
+    "The four rewards of a batch of groups (CoMAM Eq. 9-12)."
     judge:Callable[[Any, Any], float] # (items, history) -> score in [0, 1]
     matcher:Callable[[Any, Any], set[int]]=by_citation # (items, turns) -> turn numbers
     alpha:float=0.8 # coverage in Eq. 9
