@@ -28,7 +28,7 @@ def _evidence_reward(
     gold:Iterable[int], # E_q, turn numbers
     weight:float, # share of coverage; the rest goes to the Jaccard index
 )->float: # in [0, 1]
-    "Coverage and Jaccard index of two sets of turns, mixed; 0/0 is 1."
+    "Coverage and Jaccard index of two sets, mixed (CoMAM Eq. 9, Eq. 11); 0/0 is 1."
     found, gold = set(found), set(gold)
     ratio = lambda a, b: len(a) / len(b) if b else 1.0
     coverage, jaccard = ratio(found & gold, gold), ratio(found & gold, found | gold)

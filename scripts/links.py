@@ -78,8 +78,9 @@ def problems(page: Path, root: Path = ROOT):
                 if not is_numbered(kind.lower(), number, place): yield f"[{shown}]({target}): another number"
             bare = re.fullmatch(r"`?(\d+)(_\w+)?`?", shown)
             if bare and not place.stem.startswith(bare[0].strip("`")): yield f"[{shown}]({target}): another notebook"
-        for m in re.finditer(NAMED + ".{0,30}", re.sub(LINK, "", text), re.I):
-            line = text[:text.find(m[0])].rpartition("\n")[2]
+        plain = re.sub(LINK, "", text)
+        for m in re.finditer(NAMED + ".{0,30}", plain, re.I):
+            line = plain[:m.start()].rpartition("\n")[2]
             if line.startswith("#"): # a heading names a chapter without a link, so that its anchor stays short
                 if int(m[2]) not in chapters: yield f"{m[0]!r}: there is no such chapter"
             else: yield f"{m[0]!r}: make it a link"

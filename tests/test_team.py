@@ -134,8 +134,8 @@ EVERY_DAY = {"all_kinds"}
 @pytest.mark.parametrize("mix", [pytest.param(m, marks=[] if m.__name__ in EVERY_DAY else pytest.mark.slow)
                                  for m in MIXES])
 def test_any_mix_trains_saves_loads_and_resumes(tmp_path, mix):
-    "CoMAM Alg. 1, with every kind of team."
-    "Four steps are two and two more; what is saved comes back into a fresh team; who is not trained stays as it was."
+    """CoMAM Alg. 1, with every kind of team. Four steps are two and two more; what is saved comes back into a fresh
+    team; who is not trained stays as it was."""
     whole, halves = mix(), mix()
     before = weights(whole), scores(whole)
     train(tmp_path / "a", whole, 4)
