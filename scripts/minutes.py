@@ -83,7 +83,8 @@ def subtitle(notebook: Path):
     "A notebook's title, and the line under it."
     text = "\n".join("".join(c["source"]) for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"][:2])
     title, below = re.search(r"^# (.+)\n\n> (.+)", text, re.M).groups()
-    return title, re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", below)
+    there = lambda target: os.path.relpath(notebook.parent / target, PAGE.parent) # links are counted from the page
+    return title, re.sub(r"\]\(([^:)]*)\)", lambda m: f"]({there(m[1])})", below)
 
 def spoken(row):
     "How long a notebook takes, for a reader."
