@@ -122,20 +122,20 @@ def page(root: Path = ROOT):
            ""]
     for paper, number in ARXIV.items():
         out += [f"## {paper}", "", f"[arXiv {number}](https://arxiv.org/abs/{number}), version 1.", "",
-                "| | what it says | chapter | code | test |", "|---|---|---|---|---|"]
+                "| | what it says | where |", "|---|---|---|"]
         for e, (formula, meaning) in EQUATIONS.items():
             if not e.startswith(paper): continue
-            heads, code = {}, []
+            heads, code = {}, {}
             for notebook, title, heading, module, name, line in where[e]:
                 link = f"../{notebook.relative_to(root / 'nbs').as_posix()}"
                 anchor = "" if heading == title else "#" + heading.replace("`", "").replace(" ", "-")
-                heads[f"[{notebook.stem}]({link}{anchor})"] = None
+                heads[f"[{notebook.stem}: {heading}]({link}{anchor})"] = None
                 at = f"{module.relative_to(root / 'comam_nb').as_posix()}:{line}"
-                code.append((f"`{name}` " if name else "") + f"[{at}]({up(module)}#L{line})")
-            shown = f"{meaning}<br>${formula}$" if formula else meaning
-            ts = "<br>".join(f"[{t}]({up(f)})" for f, t in checked[e])
-            out.append(f"| {e.removeprefix(paper)[1:].replace(' ', '&nbsp;')} | {shown} | {'<br>'.join(heads)} | "
-                       f"{'<br>'.join(code)} | {ts} |")
+                code[(f"`{name}` " if name else "") + f"[{at}]({up(module)}#L{line})"] = None
+            ts = [f"[{t.removeprefix('test_').replace('_', ' ')}]({up(f)})" for f, t in checked[e]]
+            lines = [f"{kind} {x}" for kind, xs in (("read", heads), ("code", code), ("test", ts)) for x in xs]
+            out.append(f"| **{e.removeprefix(paper)[1:].replace(' ', '&nbsp;')}** | "
+                       f"{meaning}{f'<br>${formula}$' if formula else ''} | {'<br>'.join(lines)} |")
         out.append("")
     return "\n".join([*out, "<!-- Made by `python scripts/equations.py`. -->"]) + "\n"
 
