@@ -19,7 +19,7 @@ PART = r"(?:Eq\. \d+(?:[-–]\d+)?|Alg\. \d+|Algorithm \d+|§\d\.\d)"
 MARK = re.compile(rf"\b(CoMAM|MemCollab) ({PART}(?:, {PART})*)")
 ARXIV = {"CoMAM": "2603.12631", "MemCollab": "2603.23234"}
 EQUATIONS = { # what is cited -> (formula, meaning)
-    "CoMAM §4.2": (r"s_{n+1} = T(s_n, a_n)", "the agents as one decision process: what one does is what the next sees"),
+    "CoMAM §4.2": (r"s_{n+1} = T(s_n, a_n)", "the agents as one decision process: one's act is what the next sees"),
     "CoMAM Eq. 7": ("", "background: the objective of GRPO, with clipped ratios and a KL term"),
     "CoMAM Eq. 8": (r"D_{KL} = \tfrac{\pi_{ref}}{\pi} - \log\tfrac{\pi_{ref}}{\pi} - 1",
                     "background: that KL term, estimated for each token; off by default, as in Eq. 16"),
@@ -44,7 +44,7 @@ EQUATIONS = { # what is cited -> (formula, meaning)
                         "the contrast: what was violated, and what was kept"),
     "MemCollab Eq. 4": (r"m_k = (\text{enforce } i_k; \text{ avoid } v_k)", "a constraint, as one sentence"),
     "MemCollab Eq. 6": (r"m_k \mapsto (c, u)", "a constraint inherits the task's category and subcategory"),
-    "MemCollab Eq. 7": (r"\lbrace m : (c, u) = (c_q, u_q) \rbrace", "only constraints of the question's own kind compete"),
+    "MemCollab Eq. 7": (r"\lbrace m : (c, u) = (c_q, u_q) \rbrace", "only constraints of the question's kind compete"),
     "MemCollab Eq. 8": (r"\tau = A(q \mid m_1, \dots, m_p)", "the agent answers with the constraints before its eyes"),
     "MemCollab Alg. 1": ("", "building the bank: solve, judge, pair, contrast"),
     "MemCollab Alg. 2": ("", "using the bank: sort the question, retrieve, answer"),
@@ -147,7 +147,7 @@ def main(argv=None):
     except ValueError as e: sys.exit(str(e))
     if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text: return 0
     if check:
-        print("nbs/reference/equations.md is not what the code says, run `python scripts/equations.py`", file=sys.stderr)
+        print("nbs/reference/equations.md is out of step, run `python scripts/equations.py`", file=sys.stderr)
         return 1
     PAGE.write_text(text, encoding="utf-8")
     return 0

@@ -4,11 +4,11 @@
     python scripts/minutes.py walkthroughs book/01     # those whose path holds one of these texts, again
 
 Run All in a fresh kernel and an empty folder, one notebook after the other, without the cells that `nbdev_test` leaves
-out (marked *slow* or *gpu*). A row is written as soon as it is measured, so that the next call goes on where one was cut
-off. `seconds` are of the clock, `cpu_seconds` of a core: those say more where others use the machine, too. Exit code 1
+out (marked *slow* or *gpu*). A row is written as soon as it is measured: the next call goes on where one was cut off.
+`seconds` are of the clock, `cpu_seconds` of a core: those say more where others use the machine, too. Exit code 1
 if a notebook fails; it gets no row.
 
-    python scripts/minutes.py --page     # measure nothing; write nbs/reference/notebooks.md from the rows and the titles
+    python scripts/minutes.py --page     # measure nothing; write nbs/reference/notebooks.md from rows and titles
     python scripts/minutes.py --check    # exit code 1 if a notebook has no row, or the page is out of step
 """
 import argparse, csv, hashlib, json, os, platform, re, resource, sys, tempfile, time
@@ -22,9 +22,9 @@ FOLDERS = { # in the order of the page -> what is there
     "book": "The papers, in the order in which one learns them. Each chapter stands on those before it.",
     "solutions": "The exercises of the chapters, worked out in words.",
     "walkthroughs": "They use the package as its users do, and export nothing.",
-    "source/base": "Errors, files, SQLite, PostgreSQL, embedders, statistics; the book's objects, drawings and exercises.",
+    "source/base": "Errors, files, SQLite, PostgreSQL, embedders, statistics; the book's objects, drawings, exercises.",
     "source/lm": "A language model with adapters, decoding, scoring, chat with local and remote models, kernels.",
-    "source/checks": "Running code that a model wrote, equal math answers, categories, what is refused as a constraint.",
+    "source/checks": "Running code of a model, equal math answers, categories, what is refused as a constraint.",
     "source/readers": "Benchmarks and chat logs, and how each scores an answer; task files.",
     "source/store": "The memory store and the bank's file, the lexical index, import and export, both on a server.",
     "source/rl": "The parts of joint training: team, settings, rollout, scorer, log.",
@@ -32,7 +32,7 @@ FOLDERS = { # in the order of the page -> what is there
     "source/worlds": "How the tiny policies of the two small worlds are made.",
     "source/systems": "Ten memory systems behind one interface.",
     "source/runs": "A run's folder, where episodes come from, benchmarks, reports, where a fact was lost.",
-    "source/studies": "The paper's ablation, the credit laboratory, memory across backbones, the transfer matrix, plots.",
+    "source/studies": "The paper's ablation, the credit laboratory, memory across backbones, transfer, plots.",
     "source/cli": "The commands `comam` and `memcollab`, a file for each.",
 }
 COLUMNS = ["notebook", "seconds", "cpu_seconds", "left_out", "needs", "processor", "cores", "load", "date", "code"]
@@ -99,8 +99,8 @@ def page(rows: dict):
     on = ", ".join(sorted({f"{r['processor']} with {r['cores']} cores" for r in measured}))
     days = sorted(r["date"] for r in measured)
     out = ["# All notebooks", "",
-           "One notebook, one idea, one module. [The book](#book) and the [walkthroughs](#walkthroughs) are for readers; "
-           "**source notebooks** hold everything else that is exported (fast paths, file formats, retries, checks of "
+           "One notebook, one idea, one module. [The book](#book) and the [walkthroughs](#walkthroughs) are for "
+           "readers; **source notebooks** hold everything else that is exported (fast paths, file formats, retries, checks of "
            "input), and nobody has to read them to understand the papers. They lie in a folder for each floor of the "
            "house and import downwards only.", "",
            "![The floors of comam_nb, the modules on them, and who imports whom](../map.svg)", "",

@@ -37,8 +37,8 @@ def test_every_link_leads_somewhere_and_every_chapter_is_a_link():
     ("[walkthrough 7](book/07_credit.ipynb)", "another number"),
     ("[`08_credit`](book/07_credit.ipynb)", "another notebook"),
     ("[chapters 7](book/07_credit.ipynb) to [8](book/07_credit.ipynb)", "another notebook"),
-    ("# x\n\n## Chapter 7: credit\n\n[chapter 7](book/07_credit.ipynb#Eq.-13:-who?), [07_credit](book/07_credit.ipynb), "
-     "[its line](code.py#L2), [below](#chapter-7-credit), `chapter 9`, [out](https://a.b/c#d), ![p](code.py)", None),
+    ("# x\n\n## Chapter 7: credit\n\n[chapter 7](book/07_credit.ipynb#Eq.-13:-who?), "
+     "[07_credit](book/07_credit.ipynb), [its line](code.py#L2), [below](#chapter-7-credit), `chapter 9`, [out](https://a.b/c#d), ![p](code.py)", None),
 ])
 def test_what_is_wrong_with_a_link_is_said(tmp_path, text, why):
     (tmp_path / "nbs" / "book").mkdir(parents=True)
@@ -126,5 +126,6 @@ def test_readmes_ablation_is_that_of_the_log():
     for name, arm in names.items():
         row, = [l for l in INDEX.splitlines() if l.startswith("|") and name in l and "±" in l]
         found = [float(n.replace("−", "-")) for n in re.findall(r"[+−]?\.\d{3}", row)]
-        want = interval(arms[arm]) + (interval([a - b for a, b in zip(arms[arm], arms["equal"])]) if arm != "equal" else ())
+        paired = [a - b for a, b in zip(arms[arm], arms["equal"])]
+        want = interval(arms[arm]) + (interval(paired) if arm != "equal" else ())
         assert found == pytest.approx(want, abs=.00051), name

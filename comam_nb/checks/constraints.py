@@ -34,7 +34,7 @@ STATUSES = "new", "on trial", "active", "retired", "quarantined"
 
 @dataclass(frozen=True, repr=False)
 class Constraint:
-    "One lesson, \"When …, enforce …; avoid ….\" (MemCollab Eq. 4); raises `MemCollabError` for fields that are no text."
+    "One lesson, \"When …, enforce …; avoid ….\" (MemCollab Eq. 4); `MemCollabError` if a field is no text."
     when:str           # the situation
     enforce:str=""     # the invariant to keep, i_k
     avoid:str=""       # the pattern to stay away from, v_k
