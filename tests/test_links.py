@@ -38,7 +38,8 @@ def test_every_link_leads_somewhere_and_every_chapter_is_a_link():
     ("[`08_credit`](book/07_credit.ipynb)", "another notebook"),
     ("[chapters 7](book/07_credit.ipynb) to [8](book/07_credit.ipynb)", "another notebook"),
     ("# x\n\n## Chapter 7: credit\n\n[chapter 7](book/07_credit.ipynb#Eq.-13:-who?), "
-     "[07_credit](book/07_credit.ipynb), [its line](code.py#L2), [below](#chapter-7-credit), `chapter 9`, [out](https://a.b/c#d), ![p](code.py)", None),
+     "[07_credit](book/07_credit.ipynb), [its line](code.py#L2), [below](#chapter-7-credit), `chapter 9`, "
+     "[out](https://a.b/c#d), ![p](code.py)", None),
 ])
 def test_what_is_wrong_with_a_link_is_said(tmp_path, text, why):
     (tmp_path / "nbs" / "book").mkdir(parents=True)
