@@ -100,9 +100,9 @@ def page(rows: dict):
     days = sorted(r["date"] for r in measured)
     out = ["# All notebooks", "",
            "One notebook, one idea, one module. [The book](#book) and the [walkthroughs](#walkthroughs) are for "
-           "readers; **source notebooks** hold everything else that is exported (fast paths, file formats, retries, checks "
-           "of input), and nobody has to read them to understand the papers. They lie in a folder for each floor of the "
-           "house and import downwards only.", "",
+           "readers; **source notebooks** hold everything else that is exported (fast paths, file formats, "
+           "retries, checks of input), and nobody has to read them to understand the papers. They lie in a "
+           "folder for each floor of the house and import downwards only.", "",
            "![The floors of comam_nb, the modules on them, and who imports whom](../map.svg)", "",
            f"Seconds are those of one core, for Run All in a fresh kernel, measured by `python scripts/minutes.py` on "
            f"{on}, {days[0]} to {days[-1]}, beside other work; [minutes.csv](../logs/minutes.csv) also has the clock's "
