@@ -28,7 +28,7 @@ def _evidence_reward(
     gold:Iterable[int], # E_q, turn numbers
     weight:float, # share of coverage; the rest goes to the Jaccard index
 )->float: # in [0, 1]
-    "Coverage and Jaccard index of two sets of turns, mixed; 0/0 is 1."
+    "Coverage and Jaccard index of two sets, mixed (CoMAM Eq. 9, Eq. 11); 0/0 is 1."
     found, gold = set(found), set(gold)
     ratio = lambda a, b: len(a) / len(b) if b else 1.0
     coverage, jaccard = ratio(found & gold, gold), ratio(found & gold, found | gold)
@@ -226,7 +226,7 @@ def _profile_rewards(
 # %% ../nbs/book/06_rewards.ipynb #70240b6e
 @dataclass
 class Rewards:
-    "The four rewards of CoMAM (Eq. 9-12) for a batch of groups."
+    "The four rewards of a batch of groups (CoMAM Eq. 9-12)."
     judge:Callable[[Any, Any], float] # (items, history) -> score in [0, 1]
     matcher:Callable[[Any, Any], set[int]]=by_citation # (items, turns) -> turn numbers
     alpha:float=0.8 # coverage in Eq. 9

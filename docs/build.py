@@ -14,8 +14,10 @@ NBS = ROOT / "nbs"
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from address import notebooks, read_address
+from links import anchors
 
-PARTS = {"The book": "book", "Walkthroughs": "walkthroughs", "Source notebooks": "source", "The package": "api"}
+PARTS = {"The book": "book", "Solutions": "solutions", "Walkthroughs": "walkthroughs", "To look things up": "reference",
+         "Source notebooks": "source", "The package": "api"}
 
 def shown(cell):
     "A cell as a reader of the site sees it, or None."
@@ -33,10 +35,10 @@ def linked(text, page, pages):
         if re.match(r"[a-z]+:", found[1]) or target.endswith(".svg"): return found[0]
         place = (page.parent / target).resolve() if target else page
         if not place.exists(): sys.exit(f"{page}: a link leads nowhere: {found[1]}")
-        if place in pages: return f"]({target}{mark}{part.lower()})" # Jupyter's anchors keep capitals, Sphinx's do not
+        if place in pages: return f"]({target}{mark}{anchors(place)[part] if part else ''})"
         user, repo, branch = read_address()
         kind = "tree" if place.is_dir() else "blob"
-        return f"](https://github.com/{user}/{repo}/{kind}/{branch}/{place.relative_to(ROOT).as_posix()})"
+        return f"](https://github.com/{user}/{repo}/{kind}/{branch}/{place.relative_to(ROOT).as_posix()}{mark}{part})"
     return re.sub(r"\]\(([^()\s]+)\)", link, text)
 
 def tree(pages, title=""):
@@ -44,8 +46,13 @@ def tree(pages, title=""):
     return "\n".join(["```{toctree}", ":hidden:", f":caption: {title}" if title else "", "", *pages, "```", ""])
 
 def copy_notebooks(src, pages):
-    "The notebooks as the site shows them; the first one gets the table of contents."
+    "The notebooks and Markdown pages as the site shows them; the first one gets the table of contents."
     for path in pages:
+        (src / path.relative_to(NBS)).parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".md":
+            text = linked(path.read_text(encoding="utf-8"), path, pages)
+            (src / path.relative_to(NBS)).write_text(text, encoding="utf-8")
+            continue
         nb, name = json.loads(path.read_text(encoding="utf-8")), path.relative_to(NBS)
         nb["cells"] = [c for c in map(shown, nb["cells"]) if c]
         for c in nb["cells"]:
@@ -55,9 +62,8 @@ def copy_notebooks(src, pages):
             contents = "\n".join(tree([f"{folder}/index"], title) for title, folder in PARTS.items()
                                  if folder == "api" or any(folder in p.parts for p in pages))
             nb["cells"].append({"cell_type": "markdown", "id": "contents", "metadata": {}, "source": contents})
-        (src / name).parent.mkdir(parents=True, exist_ok=True)
         (src / name).write_text(json.dumps(nb), encoding="utf-8")
-    shutil.copy(NBS / "map.svg", src)
+    for picture in NBS.glob("*.svg"): shutil.copy(picture, src)
 
 def documented(module):
     "A module's page: its public names in order, each with signature, what its parameters mean, and docstring."
@@ -99,7 +105,8 @@ def main(argv=None):
     from sphinx.cmd.build import build_main
     with tempfile.TemporaryDirectory() as folder:
         src = Path(folder)
-        pages = [p for p in notebooks() if not a.book or p.name == "index.ipynb" or p.parent.name == "book"]
+        pages = [*notebooks(), *sorted((NBS / "reference").glob("*.md"))]
+        if a.book: pages = [p for p in pages if p.name == "index.ipynb" or p.parent.name in ("book", "reference")]
         copy_notebooks(src, pages)
         write_api(src, "*.py" if a.book else "**/*.py")
         write_contents(src)

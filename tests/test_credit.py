@@ -24,6 +24,7 @@ def groups(draw, glob=level, max_G=8):
 @settings(max_examples=60, deadline=None)
 @given(groups(max_G=6))
 def test_ties_equal_brute_force(group):
+    "CoMAM Eq. 13: the mean over every order that the ties leave open."
     local, glob = group
     G = glob.numel()
     disc = [1/math.log2(p + 2) for p in range(G)]
@@ -37,6 +38,7 @@ def test_ties_equal_brute_force(group):
 @settings(max_examples=100, deadline=None)
 @given(groups())
 def test_equals_sklearn(group):
+    "CoMAM Eq. 13."
     ndcg_score = pytest.importorskip("sklearn.metrics").ndcg_score
     local, glob = group
     if glob.max() > glob.min():
@@ -91,6 +93,7 @@ def test_rescaled_is_zero_on_average_over_all_rankings(group):
 
 
 def test_fixture_by_hand():
+    "CoMAM Eq. 13-15."
     close(ndcg_consistency(LOCAL, GLOB), torch.tensor([1, 1, 1.56546/1.63093], dtype=torch.float64), atol=1e-5, rtol=0)
     c = assign([LOCAL], [GLOB])
     close(c.weights[0], torch.tensor([.33776, .33776, .32447], dtype=torch.float64), atol=1e-5, rtol=0)
@@ -98,6 +101,7 @@ def test_fixture_by_hand():
 
 
 def test_advantages_equal_trl():
+    "The advantage of CoMAM Eq. 16."
     nanstd = pytest.importorskip("trl.trainer.utils").nanstd
     rewards = assign(torch.rand(5, 3, 8), (torch.rand(5, 8) < .5).float()).rewards.float().reshape(-1)
     grouped = rewards.view(-1, 8)      # as in GRPOTrainer._generate_and_score_completions, scale_rewards="group"

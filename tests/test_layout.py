@@ -301,20 +301,6 @@ def test_every_cell_is_python_to_jupyter(path):  # also those that nbdev_test le
             text = jupyter.transform_cell(source(c))
             compile(text, f"{path}, cell {c['id']}", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
-def links(text):
-    "Relative links of a Markdown text, code blocks aside."
-    text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)
-    found = re.findall(r"\]\(([^()\s]+)\)", text)
-    return [l.split("#")[0] for l in found if not re.match(r"[a-z]+:|#|attachment:", l)]
-
-@of_each([*NOTEBOOKS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
-def test_links_lead_somewhere(path):
-    if path.suffix == ".ipynb":
-        texts = [source(c) for c in cells(path) if c["cell_type"] == "markdown"]
-    else:
-        texts = [path.read_text(encoding="utf-8")]
-    assert [l for t in texts for l in links(t) if not (path.parent / l).exists()] == []
-
 
 # ---- scripts
 

@@ -96,6 +96,7 @@ def test_a_broken_line_is_named(tmp_path, line):
 # ---------------------------------------------------------------- the process itself
 
 def test_three_steps_and_the_end():
+    "CoMAM §4.2."
     mdp = MemoryMDP(example_episode())
     s = mdp.reset()
     for name in AGENTS:

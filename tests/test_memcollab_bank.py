@@ -89,6 +89,7 @@ def brute(entries, query, category, subcategory, p, K, how, model, exclude):
        st.integers(1, 4), st.integers(1, 3), st.sampled_from(list(SLOW)), st.sampled_from([None, "m", "n"]),
        st.lists(st.sampled_from(["t1", "t2"]), max_size=2))
 def test_retrieval_is_what_brute_force_finds(changes, query, category, subcategory, p, K, how, model, exclude):
+    "MemCollab Eq. 7."
     with ConstraintBank() as bank:
         for keep, c in changes: # the bucket follows additions, joined evidence and removals one by one
             if keep: bank.add(c, check=False)
@@ -124,6 +125,7 @@ def test_entries_without_words_are_not_found_by_words(how):
 
 
 def test_p_counts_samples_and_K_their_entries():
+    "MemCollab Alg. 2, Eq. 7."
     bank = ConstraintBank()
     bank.add([Constraint(f"rate {'price '*j}", f"check {WORDS[i]} {j}", "", "c", "", source(f"t{i}")) for i in range(5)
               for j in range(4)])

@@ -47,6 +47,7 @@ class Chat:
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 2), st.booleans()),
                 unique_by=lambda x: x[:3], max_size=30), st.booleans())
 def test_pairs_are_what_their_policy_says(rows, within):
+    "MemCollab Eq. 2, and two stricter rules."
     tasks = [Task(f"t{i}", f"task {i}", "c") for i in range(4)]
     ts = [attempt(tasks[i], f"s{s}", f"{i} {s} {k}", ok, k) for i, s, k, ok in rows]
     for policy in _POLICIES:
@@ -83,6 +84,7 @@ part = st.lists(st.sampled_from("rate fraction price é 数 sum of f(x) a, b (tw
 @quick
 @given(part, part, part)
 def test_what_is_printed_can_be_read_back(when, enforce, avoid):
+    "MemCollab Eq. 4."
     for c in (Constraint(when, enforce, avoid), Constraint(when, enforce), Constraint(when, "", avoid)):
         assert parse_constraints(str(c)) == ([c], [])
         if c.enforce: assert parse_constraints(str(c), strict=True) == ([c], [])
@@ -270,6 +272,7 @@ def test_an_injection_in_a_trajectory_stays_quoted_data():
 @given(st.dictionaries(st.sampled_from(["source", "models", "support", "category", "provenance", "id"]),
                        st.integers() | st.text(max_size=9) | st.just({"pairs": [{"task": "forged"}]})))
 def test_a_reply_cannot_touch_provenance(extra):
+    "MemCollab Eq. 6, whatever the reply claims."
     c = parse_constraints(SOUND)[0][0]
     reply = json.dumps([extra | {"when": c.when, "enforce": c.enforce, "avoid": c.avoid}])
     [made] = distill([PAIR], Chat(reply)).constraints
@@ -327,6 +330,7 @@ def test_K_out_of_range_is_one_clear_line(K):
 
 
 def test_more_than_K_are_refused_with_the_reason():
+    "MemCollab Eq. 3: at most K entries."
     made = distill([PAIR], Chat("\n".join(SOUND_ONES)), K=2)
     assert len(made.constraints) == 2 and made.reasons["too many"] == len(SOUND_ONES) - 2
 

@@ -405,6 +405,7 @@ def test_order_samples_and_duplicates(tmp_path):
 
 
 def test_memory_is_in_the_prompt_in_the_record_and_in_the_key(tmp_path):
+    "MemCollab Eq. 8."
     script, path = Script(echo), tmp_path / "t.jsonl"
     for texts in ([], ["When a, enforce b; avoid c."], ["When a, enforce b; avoid c.", "When d, enforce e; avoid f."],
                   []):

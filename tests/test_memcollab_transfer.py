@@ -72,6 +72,7 @@ def results_of(seed=0, arms=tuple(ARMS), kind=Agent, path=None, train=TRAIN, tes
     return run_arms(train, test, agents(kind), arms, path, Exact(), seed, **more)
 
 def test_all_arms_run_and_the_true_lessons_win():
+    "MemCollab Alg. 1, Alg. 2: from attempts to answers with a memory."
     r = sum(results_of(s) for s in range(3))
     assert r.arms == [a for a in ARMS if a != "vanilla_plain"] and r.seeds == [0, 1, 2]
     for s in r.solvers:

@@ -39,6 +39,7 @@ def test_more_right_turns_never_hurt_and_more_wrong_ones_never_help(found, gold,
 
 
 def test_equals_sklearn_recall_and_jaccard():
+    "CoMAM Eq. 9, Eq. 11."
     metrics = pytest.importorskip("sklearn.metrics")
     for found, gold in [({1, 2, 5}, {2, 5, 7}), ({3}, {3, 7}), (set(range(1, 9)), {4})]:
         f, g = [[n in s for n in range(1, 9)] for s in (found, gold)]
@@ -48,6 +49,7 @@ def test_equals_sklearn_recall_and_jaccard():
 
 
 def test_fixture_trajectories():
+    "CoMAM Eq. 9-12, by hand."
     group = example_group()
     judge = lambda items, history: {"Moved": .9, "Likes tea": .6,
                                     "Likes coffee": .3}[next(k for k in ("Moved", "Likes tea", "Likes coffee")
@@ -164,6 +166,7 @@ def test_the_whole_reply_goes_along_unless_the_answer_was_replaced():
 
 
 def test_judge_batches_deduplicates_and_never_sees_empty_profiles():
+    "CoMAM Eq. 10."
     history, seen = example_episode().history, []
     def yes(prompts):
         seen.extend(prompts)

@@ -134,7 +134,8 @@ EVERY_DAY = {"all_kinds"}
 @pytest.mark.parametrize("mix", [pytest.param(m, marks=[] if m.__name__ in EVERY_DAY else pytest.mark.slow)
                                  for m in MIXES])
 def test_any_mix_trains_saves_loads_and_resumes(tmp_path, mix):
-    "Four steps are two and two more; what is saved comes back into a fresh team; who is not trained stays as it was."
+    """CoMAM Alg. 1, with every kind of team. Four steps are two and two more; what is saved comes back into a fresh
+    team; who is not trained stays as it was."""
     whole, halves = mix(), mix()
     before = weights(whole), scores(whole)
     train(tmp_path / "a", whole, 4)
@@ -162,7 +163,7 @@ def test_the_papers_own_team_is_one_line():
 @pytest.mark.parametrize("mix", [adapters, one_policy, three_families, *(pytest.param(m, marks=pytest.mark.slow)
                                                                          for m in (papers_own, three_lora_models))])
 def test_each_agent_has_its_own_reference(tmp_path, mix):
-    "With beta > 0 the divergence is 0 before any update, and grows. One reference served all before, where any did."
+    "CoMAM Eq. 7-8: with beta > 0 the divergence is 0 before any update, and grows."
     lines = train(tmp_path, mix(), 2, beta=0.1, learning_rate=3e-2)
     assert abs(lines[0]["kl"]) < 1e-7 < lines[-1]["kl"]
 

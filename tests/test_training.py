@@ -55,6 +55,7 @@ def windowed(window):
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [8, 200])
 def test_a_step_of_a_model_with_windows_is_that_of_the_simple_way(tmp_path, monkeypatch, window):
+    "CoMAM Alg. 1: one step, with shared prompts and without."
     moved, shared = [], []
     monkeypatch.setattr(scoring, "shared_logprobs", lambda *a, f=scoring.shared_logprobs, **kw:
                         shared.append(1) or f(*a, **kw))

@@ -180,7 +180,7 @@ def _check_code(
     memory_mb:int=1024, # of the child process
     cut:bool=False,     # the text was cut off: a function that is not finished is then no answer
 )->Verdict:
-    "Checker I of Algorithm 1 for code: do all tests of a task pass on the code in a text?"
+    "Checker I of MemCollab Alg. 1 for code: do all tests of a task pass on the code in a text?"
     spec, text = task.check, without_thinking(text)
     if len(text) > _LONGEST: text, cut = text[:_LONGEST], True
     tests, entry, setup = spec.get("tests", []), spec.get("entry_point", ""), spec.get("setup", "")

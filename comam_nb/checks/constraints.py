@@ -34,11 +34,11 @@ STATUSES = "new", "on trial", "active", "retired", "quarantined"
 
 @dataclass(frozen=True, repr=False)
 class Constraint:
-    "One lesson, \"When …, enforce …; avoid ….\" (Eq. 4); raises `MemCollabError` for fields that are no text."
+    "One lesson, \"When …, enforce …; avoid ….\" (MemCollab Eq. 4); `MemCollabError` if a field is no text."
     when:str           # the situation
     enforce:str=""     # the invariant to keep, i_k
     avoid:str=""       # the pattern to stay away from, v_k
-    category:str=""    # inherited from the task (Eq. 6)
+    category:str=""    # inherited from the task (MemCollab Eq. 6)
     subcategory:str="" # likewise
     source:dict=field(default_factory=dict, hash=False) # provenance, JSON; never taken from a model's text
     models:tuple[str,...]=() # models whose attempts were contrasted

@@ -485,7 +485,7 @@ def check_math(
     timeout:float=5.0, # seconds for the algebra
     cut:bool=False,    # the text was cut off: a number that nothing marks is then no answer
 )->Verdict:
-    "Checker I of Algorithm 1 for math: does the final answer of a text have the reference's value?"
+    "Checker I of MemCollab Alg. 1 for math: does the final answer of a text have the reference's value?"
     start = time.perf_counter()
     answer, how = _final_answer(text)
     if cut and how in ("", "last number"):

@@ -281,7 +281,7 @@ def run_python(
     walls:Sequence[str]=WALLS,          # only for experiments: fewer walls
 )->Verdict:
     """Does `code` pass `tests`? Runs both apart from each other and from the caller; never raises for what the code
-    does. Checker I of Eq. 2 and Algorithm 1 of MemCollab, for code. Raises `MemCollabError` for tests that are no
+    does. Checker I of MemCollab Alg. 1, Eq. 2, for code. Raises `MemCollabError` for tests that are no
     Python, or that import a package which is not installed."""
     spec, setup = _read_tests(tests)
     needed = _packages(spec["tests"], setup)

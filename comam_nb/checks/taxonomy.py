@@ -295,7 +295,7 @@ def classify(
     offline:Callable[[str],tuple[str,str]]|None=None, # sorts without a chat, and where it fails; None: by words
     stats:Counter|None=None, # counts "calls" and "garbage", if given
 )->tuple[str,str]: # (category, subcategory)
-    """Category and subcategory of a task (Algorithm 2): by a model that chooses among the names, or by TF-IDF.
+    """Category and subcategory of a task (MemCollab Alg. 2): by a model that chooses among the names, or by TF-IDF.
     Raises `MemCollabError` for an empty taxonomy or an unknown domain."""
     text = task if isinstance(task, str) else task.prompt
     tree = _tree(getattr(task, "domain", "")) if taxonomy is None else taxonomy

@@ -29,7 +29,7 @@ def with_memory(
     prompt:str, # the task
     memory:Sequence[str], # texts, the best one first
 )->str: # the prompt itself if there is no memory
-    "Put memory in front of a task (Eq. 8), each text quoted on one line."
+    "Put memory in front of a task (MemCollab Eq. 8), each text quoted on one line."
     if not memory: return prompt
     lines = [quote(f"{i}. {' '.join(str(m).split())}") for i, m in enumerate(memory, 1)]
     return "\n".join([_ADVICE, *lines, "", "Task:", prompt])

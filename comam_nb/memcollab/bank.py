@@ -52,7 +52,7 @@ class ConstraintBank:
         chat:"Chat|None"=None,      # the model that chooses, for how="prompting"
         status:str|Iterable[str]="active", # one or several of STATUSES
     )->Retrieved: # up to p samples with up to K entries each; `.note` says why none
-        "Entries for a task (Algorithm 2, Eq. 7); raises `MemCollabError`."
+        "Entries for a task (MemCollab Alg. 2, Eq. 7); raises `MemCollabError`."
         kind = category, subcategory
         if how == "prompting" and chat is None:
             raise MemCollabError("how='prompting' needs a model: pass chat=")

@@ -24,7 +24,7 @@ from .attempts import Attempt, quote
 def _paper_policy(
     group:list[Attempt], # at one task, weakest solver first
 )->list[tuple[Attempt, Attempt]]: # (preferred, not preferred)
-    "Eq. 2 as printed: the weakest right attempt is preferred, else the strongest."
+    "MemCollab Eq. 2 as printed: the weakest right attempt, else the strongest."
     best = next((t for t in group if t.right), group[-1])
     return [(best, t) for t in group if t is not best]
 
@@ -123,8 +123,8 @@ def pair(
     within:bool=False,          # contrast samples of one solver (self-contrast)
     order:Sequence[str]|None=None, # solvers, weakest first; None: as they appear
 )->_Pairs: # with what was left out in `.skipped`
-    """Form pairs for contrast (Eq. 2). Raises `MemCollabError` for an unknown policy, or
-    a solver that `order` does not name."""
+    """Form pairs for contrast (MemCollab Eq. 2). Raises `MemCollabError` for an
+    unknown policy, or a solver that `order` does not name."""
     choose = policy if callable(policy) else _POLICIES.get(policy)
     if choose is None:
         raise MemCollabError(f"policy is {policy!r}: use one of {', '.join(_POLICIES)}, "
@@ -186,7 +186,7 @@ def distill_prompt(
     K:int=3,        # how many sentences at most
     limit:int=6000, # characters of each attempt
 )->list[dict[str, str]]: # chat messages
-    "The messages that ask a model to contrast a pair (Eq. 3)."
+    "The messages that ask a model to contrast a pair (MemCollab Eq. 3)."
     kind = " / ".join(x for x in (pair.task.category, pair.task.subcategory) if x)
     kind = one_line(kind or "not classified", "category")
     parts = [f'The task, of the kind "{kind}":', quote(pair.task.prompt, limit)]
@@ -205,7 +205,7 @@ def _read_reply(
     prompt:str,    # hash of the prompt
     distiller:str, # name of the model
 )->tuple[list[Constraint], list[tuple[str, str]]]: # constraints; (text, reason)
-    "Constraints from one reply, checked, with the pair's category (Eq. 6) and origin."
+    "Constraints of a reply, checked, with category (MemCollab Eq. 6) and origin."
     found, bad = parse_constraints(text)
     good:list[Constraint] = []
     source = provenance([pair], prompt, distiller)
@@ -242,7 +242,7 @@ def distill(
     limit:int=6000,       # characters of each attempt in the prompt
     batch:int=8,          # pairs per `chat_many`
 )->Distillation: # constraints with provenance, refusals with reasons
-    """Contrast every pair with a language model (Algorithm 1, Eq. 3–4). Garbage is
+    """Contrast every pair with a language model (MemCollab Alg. 1, Eq. 3–4). Garbage is
     counted. Raises `MemCollabError` for K out of range, and if every call failed."""
     if isinstance(K, bool) or not isinstance(K, int) or not 1 <= K <= MAX_K:
         raise MemCollabError(f"K is {K!r}: ask for 1 to {MAX_K} sentences per pair "

@@ -93,7 +93,7 @@ def recall(
     where:Callable[[Task, Solver],
                    tuple|None], # (category, subcategory); None: ask nothing
 )->Callable[[Task, Solver], list[str]]: # an arm's memory
-    "Retrieval from a bank (Algorithm 2), never of what rests on the task itself."
+    "Retrieval from a bank (MemCollab Alg. 2), never of what rests on the task itself."
     def memory(task, solver):
         labels, owner = where(task, solver), bank(solver)
         if labels is None: return []

@@ -70,7 +70,7 @@ def _choose(
     K:int,                # entries of each
     fits:np.ndarray|None, # bool [n], which entries compete; None: all
 )->list[tuple[float,int,int]]: # (score, entry, which sample, from 0): samples by their best entry, then by score
-    "Top-p source samples with up to K entries each (Eq. 7; the paper's p = 3, K = 3)."
+    "Top-p source samples with up to K entries each (MemCollab Eq. 7; the paper's p = 3, K = 3)."
     chosen: list[tuple[float, int, int]] = []
     shown, used = set[int](), list[int]()
     for doc in ranking.walk():

@@ -1,0 +1,132 @@
+"To find one's way: links, chapters by number, equations, minutes, pictures, and README's figures beside their log."
+import csv
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import equations  # noqa: E402
+import links  # noqa: E402
+import minutes  # noqa: E402
+import pictures  # noqa: E402
+
+INDEX = "\n".join("".join(c["source"]) for c in json.loads((ROOT / "nbs/index.ipynb").read_text("utf-8"))["cells"])
+
+
+# ---- links
+
+def test_every_link_leads_somewhere_and_every_chapter_is_a_link():
+    assert [f"{p.relative_to(ROOT).as_posix()}: {why}" for p in links.pages() for why in links.problems(p)] == []
+
+@pytest.mark.parametrize("text, why", [
+    ("[x](nowhere.md)", "there is no such file"),
+    ("[x](#no-such)", "there is no such heading"),
+    ("[x](book/07_credit.ipynb#eq.-13)", "there is no such heading"),
+    ("[x](code.py#L3)", "there is no such line"),
+    ("as chapter 7 says", "make it a link"),
+    ("in Walkthroughs 6 and 7", "make it a link"),
+    ("## What chapter 15 says", "there is no such chapter"),
+    ("[chapter 8](book/07_credit.ipynb)", "another number"),
+    ("[walkthrough 7](book/07_credit.ipynb)", "another number"),
+    ("[`08_credit`](book/07_credit.ipynb)", "another notebook"),
+    ("[chapters 7](book/07_credit.ipynb) to [8](book/07_credit.ipynb)", "another notebook"),
+    ("# x\n\n## Chapter 7: credit\n\n[chapter 7](book/07_credit.ipynb#Eq.-13:-who?), "
+     "[07_credit](book/07_credit.ipynb), [its line](code.py#L2), [below](#chapter-7-credit), `chapter 9`, "
+     "[out](https://a.b/c#d), ![p](code.py)", None),
+])
+def test_what_is_wrong_with_a_link_is_said(tmp_path, text, why):
+    (tmp_path / "nbs" / "book").mkdir(parents=True)
+    cell = {"cell_type": "markdown", "source": ["# Credit\n", "\n", "### `Eq. 13`: [who](x)?"]}
+    (tmp_path / "nbs/book/07_credit.ipynb").write_text(json.dumps({"cells": [cell]}).replace("`Eq. 13`", "Eq. 13"))
+    (tmp_path / "nbs/code.py").write_text("a\nb\n")
+    page = tmp_path / "nbs/page.md"
+    page.write_text(text)
+    found = list(links.problems(page, tmp_path))
+    assert [f.rpartition(": ")[2] for f in found] == ([why] if why else [])
+
+def test_code_may_not_name_a_chapter_that_is_none(tmp_path):
+    page = tmp_path / "x.ipynb"
+    page.write_text(json.dumps({"cells": [{"cell_type": "code", "source": ["# see chapter 77 and chapter 7"]}]}))
+    assert list(links.problems(page)) == ["chapter 77: there is no such chapter"]
+
+
+# ---- equations
+
+def test_the_table_of_equations_is_in_step():
+    assert equations.main(["--check"]) == 0
+
+def test_a_citation_is_read_part_by_part():
+    assert list(equations.cited("(CoMAM Eq. 13-15) and MemCollab Alg. 2, Eq. 7; Eq. 9; CoMAM §4.3, Algorithm 1")) == [
+        "CoMAM Eq. 13", "CoMAM Eq. 14", "CoMAM Eq. 15", "MemCollab Alg. 2", "MemCollab Eq. 7", "CoMAM Alg. 1"]
+
+def test_an_equation_without_a_test_is_an_error(monkeypatch):
+    monkeypatch.setitem(equations.EQUATIONS, "CoMAM Eq. 99", ("x", "y"))
+    with pytest.raises(ValueError, match="Eq. 99"): equations.page()
+
+
+# ---- minutes
+
+ROWS = minutes.read_minutes()
+
+def test_every_notebook_was_measured_and_is_on_the_page():
+    assert list(minutes.out_of_step()) == []
+
+def in_seconds(text):
+    "'half a minute', 'ten seconds', '2 min' as a number; None where there is none."
+    numbers = {w: i for i, w in enumerate("no one two three four five six seven eight nine ten eleven twelve".split())}
+    numbers |= {"a": 1, "an": 1, "half a": .5, "half an": .5, "a quarter of a": .25, "three quarters of a": .75,
+                "fifteen": 15, "twenty": 20, "thirty": 30, "forty": 40}
+    words = "|".join(sorted(numbers, key=len, reverse=True))
+    m = re.search(rf"\b({words}|\d+) (s|min|seconds?|minutes?|hours?)\b", text)
+    unit = m and {"s": 1, "m": 60, "h": 3600}[m[2][0]]
+    return m and (numbers[m[1]] if m[1] in numbers else int(m[1])) * unit
+
+def near(said, row):
+    "Is a time that a text names of the measured one's order of magnitude?"
+    measured = float(row["cpu_seconds"]), float(row["seconds"])
+    return min(measured) / 8 <= said <= max(5, 8 * max(measured))
+
+def test_times_that_chapters_name_are_those_that_were_measured():
+    wrong = []
+    for name, row in ROWS.items():
+        cells = json.loads((ROOT / "nbs" / name).read_text("utf-8"))["cells"]
+        head = re.search(r"\*\*Time\*\*: ([^.;]+?) to run", "".join("".join(c["source"]) for c in cells[:4]))
+        if not head or row["needs"] == "GPU" or row["left_out"] != "0": continue
+        if not (said := in_seconds(head[1])) or not near(said, row): wrong.append((name, head[1], row["cpu_seconds"]))
+    assert wrong == []
+
+def test_times_in_readme_are_those_that_were_measured():
+    named = re.findall(r"^\| \[\w+\]\((\S+\.ipynb)\) \|.*\| ([^|]+) \|$", INDEX, re.M)
+    assert len(named) >= 14 + 10
+    assert [(n, t) for n, t in named if (ROWS[n]["needs"] == "GPU") != (t == "GPU")] == []
+    assert [(n, t, ROWS[n]["cpu_seconds"]) for n, t in named if t != "GPU" and not near(in_seconds(t), ROWS[n])] == []
+
+def test_seconds_are_read_from_words():
+    assert list(map(in_seconds, ["half a minute", "a quarter of a minute", "two seconds", "42 s", "long"])) == [
+        30, 15, 2, 42, None]
+
+
+# ---- README
+
+def test_pictures_are_what_their_script_draws(): assert pictures.main(["--check"]) == 0
+
+def test_readmes_ablation_is_that_of_the_log():
+    arms = {}
+    for r in csv.DictReader((ROOT / "nbs/logs/reproduction/table.csv").open()):
+        arms.setdefault(r["arm"], []).append(float(r["answer_accuracy"]))
+    names = {"not at all": "warm_start", "each alone": "independent", "one policy": "shared", "own rewards": "local",
+             "answer's only": "global", "equal shares |": "equal", "adaptive": "adaptive"}
+    def interval(x): return statistics.mean(x), stats.t.ppf(.975, len(x) - 1) * statistics.stdev(x) / len(x) ** .5
+    for name, arm in names.items():
+        row, = [l for l in INDEX.splitlines() if l.startswith("|") and name in l and "±" in l]
+        found = [float(n.replace("−", "-")) for n in re.findall(r"[+−]?\.\d{3}", row)]
+        paired = [a - b for a, b in zip(arms[arm], arms["equal"])]
+        want = interval(arms[arm]) + (interval(paired) if arm != "equal" else ())
+        assert found == pytest.approx(want, abs=.00051), name
