@@ -9,7 +9,7 @@ not drawn, a slider whose click changes nothing. Works on copies. Cells marked *
 
 Needs `pip install -c constraints.txt -e ".[dev,look]"` and a Chromium or Chrome (Debian: `apt-get install chromium`).
 """
-import argparse, json, os, re, secrets, shutil, socket, subprocess, sys, tempfile, time, urllib.parse, urllib.request
+import argparse, json, os, re, secrets, shutil, signal, socket, subprocess, sys, tempfile, time, urllib.parse, urllib.request
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,8 @@ SETTINGS = {  # of JupyterLab: every cell is on the page, cells know their secon
     "notebook-extension/tracker": {"windowingMode": "none", "recordTiming": True},
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "docmanager-extension/plugin": {"autosave": False}}
+
+BOX = ".jp-NotebookPanel .jp-WindowedPanel-outer"  # what scrolls
 
 # In the page: what is wrong with each cell of the notebook that was run
 FIND = r"""() => {
@@ -40,7 +42,7 @@ FIND = r"""() => {
         if (long) say(i, `an output line of ${long.length} characters where ${room} fit: ` + long)
       }
     }
-    for (const e of all('mjx-merror, .jp-RenderedMarkdown .MathJax_Error')) say(i, 'a formula is not drawn: ' + e.textContent)
+    for (const e of all('mjx-merror')) say(i, 'a formula is not drawn: ' + e.textContent)
     for (const box of all('.jp-MarkdownOutput')) {
       const text = box.cloneNode(true); text.querySelectorAll('code, pre, mjx-container').forEach(e => e.remove())
       const left = text.textContent.match(/\$[^$]+\$|\\[a-zA-Z]{3,}/)
@@ -54,7 +56,9 @@ FIND = r"""() => {
     }
     const t = cell.model.getMetadata('execution') || {}
     const s = (Date.parse(t['shell.execute_reply']) - Date.parse(t['iopub.execute_input'])) / 1000
-    if (s > SECONDS && !/^(import|from) /m.test(cell.model.sharedModel.source) && !/%\|| it\/s|progress|widget-view/.test(text)) say(i, `${s.toFixed(1)} s without a progress bar`)
+    const source = cell.model.sharedModel.source
+    const excused = /^(import|from) /m.test(source) || /%\||it\/s|progress|widget-view/.test(text)
+    if (s > SECONDS && !excused) say(i, `${s.toFixed(1)} s without a progress bar`)
   })
   return found
 }"""
@@ -84,7 +88,8 @@ def jupyter(folder: Path):
                             [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)}
     env |= {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser",
-               f"--ServerApp.root_dir={folder / 'nbs'}", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
+               f"--ServerApp.root_dir={folder / 'nbs'}", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
+               "--LabApp.extension_manager=readonly"]
     with open(folder / "server.log", "w") as log: server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
     try:
         url, log = f"http://127.0.0.1:{port}", folder / "server.log"
@@ -122,11 +127,12 @@ def click(page):
 
 def look(page, url, token, name, out, limit, seconds):
     "Open one notebook, run it, picture it: what was found, as (cell, what)."
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(180_000)
     errors = []
     offline = lambda m: m.text.startswith("Failed to load") and not m.location["url"].startswith(url)  # the Colab badge
-    page.on("console", lambda m: m.type == "error" and not offline(m) and errors.append((None, f"page: {m.text[:300]}")))
-    page.on("pageerror", lambda e: errors.append((None, f"page: {str(e)[:300]}")))
+    complain = lambda text: errors.append((None, f"page: {text[:300]}"))
+    page.on("console", lambda m: m.type == "error" and not offline(m) and complain(m.text))
+    page.on("pageerror", lambda e: complain(str(e)))
     page.goto(f"{url}/lab/workspaces/{Path(name).stem}/tree/{name}?token={token}")
     page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel")
     card = shutil.which("nvidia-smi") is not None
@@ -137,11 +143,11 @@ def look(page, url, token, name, out, limit, seconds):
     found = errors + [tuple(f) for f in page.evaluate(FIND.replace("SECONDS", str(seconds)))]
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.png"): old.unlink()
-    step, whole = page.evaluate("""() => { const b = document.querySelector('.jp-NotebookPanel .jp-WindowedPanel-outer')
+    step, whole = page.evaluate("""box => { const b = document.querySelector(box)
       const last = [...document.querySelectorAll('.jp-Notebook-cell')].at(-1).getBoundingClientRect().bottom
-      return [b.clientHeight - 40, last - b.getBoundingClientRect().top + b.scrollTop] }""")
+      return [b.clientHeight - 40, last - b.getBoundingClientRect().top + b.scrollTop] }""", BOX)
     for n in range(max(1, -(-int(whole) // int(step)))):
-        page.evaluate("y => document.querySelector('.jp-NotebookPanel .jp-WindowedPanel-outer').scrollTo(0, y)", n * step)
+        page.evaluate("([box, y]) => document.querySelector(box).scrollTo(0, y)", [BOX, n * step])
         page.wait_for_timeout(100)
         page.screenshot(path=str(out / f"{n:02}.png"))
     if page.locator(".noUi-target").count():
@@ -176,12 +182,15 @@ def main(argv=None):
     parser.add_argument("--seconds", type=float, default=5, help="so long a cell may run without a progress bar")
     parser.add_argument("--limit", type=float, default=1200, help="seconds for one notebook")
     a, home = parser.parse_args(argv), ROOT / "nbs"
-    chosen = [p.resolve() for p in a.notebooks] or sorted(p for d in ("book", "walkthroughs") for p in home.glob(f"{d}/*.ipynb"))
-    if wrong := [p for p in chosen if not (p.is_file() and p.suffix == ".ipynb")]: parser.error(f"{wrong[0]}: no notebook")
+    chosen = [p.resolve() for p in a.notebooks] or [
+        p for room in ("book", "walkthroughs") for p in sorted((home / room).glob("*.ipynb"))]
+    for p in chosen:
+        if not (p.is_file() and p.suffix == ".ipynb"): parser.error(f"{p}: no notebook")
     if missing := [m for m in ("playwright", "jupyterlab") if not find_spec(m)]:
         parser.error(f"no {missing[0]}: pip install -c constraints.txt -e '.[dev,look]'")
-    if not (browser := chromium()): parser.error("no Chromium or Chrome on the PATH: on Debian, apt-get install chromium")
+    if not (browser := chromium()): parser.error("no Chromium on the PATH: on Debian, apt-get install chromium")
     names = {(p.relative_to(home) if p.is_relative_to(home) else Path(p.name)).as_posix(): p for p in chosen}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what was started is ended
     total = 0
     with tempfile.TemporaryDirectory() as folder:
         for name, p in names.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "look.py"
-BROWSER = find_spec("playwright") and find_spec("ipywidgets") and (shutil.which("chromium") or shutil.which("google-chrome"))
+BROWSER = all(map(find_spec, ("playwright", "ipywidgets"))) and any(map(shutil.which, ("chromium", "google-chrome")))
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 needs_browser = pytest.mark.skipif(not BROWSER, reason="needs the extra look and a Chromium on the PATH")
 
@@ -18,10 +18,11 @@ def look(*args, **kwargs):
 
 def notebook(path, *cells):
     "A notebook of code cells; a text that begins with # and a blank is prose."
-    kinds = [("markdown", {}) if c.startswith("# ") else ("code", {"outputs": [], "execution_count": None}) for c in cells]
-    path.write_text(json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": KERNEL, "cells": [
-        {"cell_type": kind, "id": f"c{i}", "metadata": {}, "source": c, **more} for i, (c, (kind, more)) in
-        enumerate(zip(cells, kinds))]}))
+    def cell(i, text):
+        prose = {"cell_type": "markdown", "id": f"c{i}", "metadata": {}, "source": text}
+        return prose if text.startswith("# ") else prose | {"cell_type": "code", "outputs": [], "execution_count": None}
+    path.write_text(json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": KERNEL,
+                                "cells": [cell(i, text) for i, text in enumerate(cells)]}))
     return path
 
 def test_what_is_missing_is_said_in_one_line(tmp_path):
@@ -37,8 +38,9 @@ def test_every_fault_is_found_and_a_good_notebook_has_none(tmp_path):
     bad = notebook(
         tmp_path / "bad.ipynb", f"x = '{'long ' * 40}'", "# $\\frac{1$ and $\\nosuch$", f"print('wide ' * 40)",
         "import sys; print('oops', file=sys.stderr)", "__import__('time').sleep(2)",
-        "from IPython.display import HTML\nHTML('<div style=\"overflow:auto\"><div style=\"width:3000px\">x</div></div>')",
-        "from IPython.display import Javascript\nJavascript('console.error(\"broken\")')", slider.format(.5, .25), "1/0")
+        "from IPython.display import HTML, Javascript\n"
+        "HTML('<div style=\"overflow:auto\"><div style=\"width:3000px\">x</div></div>')",
+        "Javascript('console.error(\"broken\")')", slider.format(.5, .25), "1/0")
     good = notebook(tmp_path / "good.ipynb", "# $\\frac{1}{2}$", "1 + 1", slider.format(.5, "x"))
     done = look(bad, good, "--out", tmp_path, "--seconds", 1, timeout=280)
     print(done.stdout, done.stderr)

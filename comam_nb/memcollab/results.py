@@ -186,9 +186,9 @@ def _table_rows(results, solver, baseline="vanilla"):
         used = [o.memory > 0 for o in results.outcomes if (o.solver, o.arm) == (solver, arm)]
         own = [*results.values(solver, arm).values()]
         alone = f"{np.mean(own):.3f}, no pair" if own else "none judged" # without a task that both were judged on
-        rows.append((arm, str(c["accuracy"]) if judged else alone, f"{t.gained}/{t.lost}" if t else "",
-                     _p_text(c["accuracy"]) if judged else "", str(c["turns"]), str(c["tokens"]), f"{c['prompt'].mean:.0f}",
-                     f"{np.mean(used):.0%}", left_out))
+        p = _p_text(c["accuracy"]) if judged else ""
+        rows.append((arm, str(c["accuracy"]) if judged else alone, f"{t.gained}/{t.lost}" if t else "", p,
+                     str(c["turns"]), str(c["tokens"]), f"{c['prompt'].mean:.0f}", f"{np.mean(used):.0%}", left_out))
     n = len(_HEAD) - (not any(row[-1] for row in rows))
     return [row[:n] for row in (_HEAD, *rows)]
 
