@@ -9,7 +9,8 @@ not drawn, a slider whose click changes nothing. Works on copies. Cells marked *
 
 Needs `pip install -c constraints.txt -e ".[dev,look]"` and a Chromium or Chrome (Debian: `apt-get install chromium`).
 """
-import argparse, json, os, re, secrets, shutil, signal, socket, subprocess, sys, tempfile, time, urllib.parse, urllib.request
+import argparse, json, os, re, secrets, shutil, signal, socket, subprocess, sys, tempfile, time
+import urllib.parse, urllib.request
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,11 +94,12 @@ def jupyter(folder: Path):
     with open(folder / "server.log", "w") as log: server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
     try:
         url, log = f"http://127.0.0.1:{port}", folder / "server.log"
-        for _ in range(600):
+        for _ in range(1800):
             if server.poll() is not None: raise OSError(f"JupyterLab ended: {log.read_text()[-300:].strip()}")
             try: urllib.request.urlopen(f"{url}/api?token={token}").close()
             except OSError: time.sleep(0.1)
             else: break
+        else: raise OSError("JupyterLab did not answer within three minutes")
         yield url, token
     finally:
         server.terminate()
