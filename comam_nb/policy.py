@@ -8,7 +8,6 @@ __all__ = ['micro_policy']
 # %% ../nbs/book/02_policy.ipynb #1729b337
 from pathlib import Path
 
-
 import comam_nb
 from .lm.backbone import Backbone, load_backbone
 

@@ -126,7 +126,7 @@ class Retrieved(list[_RetrievedConstraint]):
         return [str(h.constraint) for h in self]
     def __repr__(self): return self.note or "\n".join(map(repr, self))
     def _repr_html_(self):
-        def row(*cells): return "".join(f"<td>{html.escape(c)}</td>" for c in cells)
+        def row(*cells): return "".join(f'<td style="text-align:left">{html.escape(c)}</td>' for c in cells)
         if self.note: return f"<p>{html.escape(self.note)}</p>"
         rows = [row(f"{h.score:.3f}", str(h.constraint), str(h.sample + 1),
                     ", ".join(h.why)) for h in self]

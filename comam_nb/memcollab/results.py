@@ -166,8 +166,13 @@ def compare(
 # %% ../../nbs/source/memcollab/13_results.ipynb #022829d2
 _HEAD = ("arm", "right, difference [95 %]", "gained/lost", "p", "turns", "tokens written", "tokens read", "memory",
          "not judged")
+_DOUBT = "† the interval holds 0: p gives each task one vote and takes the seeds as given, the interval draws both anew"
 
-def _p_text(p): return "<.001" if p < .001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
+def _p_text(c):
+    if not c.test: return ""
+    p = c.test.p
+    text = "<.001" if p < .001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
+    return text + " †" * (p < .05 and not c.difference.excludes_zero)
 
 def _table_rows(results, solver, baseline="vanilla"):
     "A solver's part of the table: rows of texts, the head first; the last column only where it says something."
@@ -181,9 +186,9 @@ def _table_rows(results, solver, baseline="vanilla"):
         used = [o.memory > 0 for o in results.outcomes if (o.solver, o.arm) == (solver, arm)]
         own = [*results.values(solver, arm).values()]
         alone = f"{np.mean(own):.3f}, no pair" if own else "none judged" # without a task that both were judged on
-        rows.append((arm, str(c["accuracy"]) if judged else alone, f"{t.gained}/{t.lost}" if t else "",
-                     _p_text(t.p) if t else "", str(c["turns"]), str(c["tokens"]), f"{c['prompt'].mean:.0f}",
-                     f"{np.mean(used):.0%}", left_out))
+        p = _p_text(c["accuracy"]) if judged else ""
+        rows.append((arm, str(c["accuracy"]) if judged else alone, f"{t.gained}/{t.lost}" if t else "", p,
+                     str(c["turns"]), str(c["tokens"]), f"{c['prompt'].mean:.0f}", f"{np.mean(used):.0%}", left_out))
     n = len(_HEAD) - (not any(row[-1] for row in rows))
     return [row[:n] for row in (_HEAD, *rows)]
 
@@ -198,24 +203,26 @@ def plain_table(
 def _baseline(results): return "vanilla" if "vanilla" in results.arms else results.arms[0]
 def _n_tasks(results, solver): return len({o.hash for o in results.outcomes if o.solver == solver})
 
+def _doubts(rows, before=""): return before + _DOUBT if any("†" in row[3] for row in rows) else ""
+
 def _results_text(results):
     if not results.outcomes: return "no outcomes"
     parts, seeds = [], f"{len(results.seeds)} seed{'s' * (len(results.seeds) > 1)}"
     for s in results.solvers:
         rows = _table_rows(results, s, _baseline(results))
-        parts.append(f"{s}: {_n_tasks(results, s)} tasks, {seeds}\n{plain_table(rows)}")
+        parts.append(f"{s}: {_n_tasks(results, s)} tasks, {seeds}\n{plain_table(rows)}" + _doubts(rows, "\n"))
     return "\n\n".join([*parts, "\n".join(results.notes)]).strip()
 
 def _results_html(results):
-    e, out, left = html.escape, "", "text-align:left; white-space:nowrap"
+    e, out, left = html.escape, "", "text-align:left; padding:3px 6px"
     for s in results.solvers:
         body, base = "", _baseline(results)
         names, *rows = _table_rows(results, s, base)
-        head = "".join(f"<th>{e(h)}</th>" for h in names)
+        head = "".join(f'<th style="{left}">{e(h)}</th>' for h in names)
         for row in rows:
             title = e(results.about.get(row[0], ""))
             body += "<tr>" + "".join(f'<td style="{left}" title="{title}">{e(x)}</td>' for x in row) + "</tr>"
         seeds = e(", ".join(map(str, results.seeds)))
         out += (f"<p><b>{e(s)}</b>, {_n_tasks(results, s)} tasks, seeds {seeds}; differences to {e(base)}, paired</p>"
-                f"<table><tr>{head}</tr>{body}</table>")
+                f"<table><tr>{head}</tr>{body}</table>{_doubts(rows)}")
     return out + "<p>" + "<br>".join(map(e, results.notes)) + "</p>"

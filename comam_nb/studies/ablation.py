@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'Budget', 'train_variant', 'steps_to', 'run_jobs', 'reproduce', 'read_table', 'table_markdown',
-           'curves_of', 'plot_variants']
+           'curves_of', 'plot_variants', 'steps_saved']
 
 # %% ../../nbs/source/studies/02_ablation.ipynb #4ce6a37e
 import csv, io, json, os, tempfile, time
@@ -23,7 +23,7 @@ from ..base.statistics import Interval, t_interval
 from ..data import Episode
 from ..mdp import AGENTS
 from ..rl.evaluation import evaluate
-from .plots import plot_bands
+from .plots import COLOURS, plot_bands
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -318,17 +318,42 @@ _PANELS = {"how the answer's reward is shared": ("local", "global", "equal", "fi
            "who is trained": ("adaptive", "shared", "freeze_extraction", "freeze_profile", "freeze_retrieval"),
            "who is there": ("adaptive", "without_extraction", "without_profile", "without_retrieval")}
 
+_PAPERS = {"color": "#222222", "linestyle": "-"}
+_LOOKS = {"adaptive": _PAPERS, "local": {"color": "#CC79A7", "linestyle": "--"},
+          "global": {"color": "#56B4E9", "linestyle": "-."}, "equal": {"color": "#B58900", "linestyle": "--"},
+          "fixed": {"color": "#999999", "linestyle": ":"}, "shared": {"color": "#CC79A7", "linestyle": ":"},
+          "adaptive_temperature": {"color": "#0072B2", "linestyle": "-."},
+          "adaptive_rescaled": {"color": "#D55E00", "linestyle": ":"}, "alg1": {"color": "#009E73", "linestyle": "--"},
+          **{f"{what}_{a}": {"color": COLOURS[a], "linestyle": s} for a, s in zip(AGENTS, ("--", "-.", ":"))
+             for what in ("freeze", "without")}} # one look for one arm; an agent's colour for what it is missing from
+
 def plot_variants(
     rows:list[dict[str, Any]], # of `reproduce`, or lines of curves.jsonl
     smooth:int=5, # steps of running mean
 )->"Figure":
     "Training accuracy over steps, mean and 95 % band over seeds, in four panels."
     import matplotlib.pyplot as plt
-    curves, figure = curves_of(rows), plt.figure(figsize=(8.6, 6), dpi=64, layout="constrained")
+    curves, figure = curves_of(rows), plt.figure(figsize=(9, 7), layout="constrained")
     for i, (title, names) in enumerate(_PANELS.items(), 1):
         have = {a: curves[a] for a in names if a in curves}
         ax = figure.add_subplot(2, 2, i)
         if not have: continue
-        plot_bands(ax, have, smooth=smooth, title=title, ylabel="answers right in training", ylim=(0, 1))
-        ax.legend(loc="lower right", frameon=False, fontsize=7.5)
+        plot_bands(ax, have, smooth=smooth, title=title, ylabel="answers right in training", ylim=(0, 1),
+                   looks=_LOOKS)
+        ax.legend(loc="lower right", frameon=False, fontsize=8)
     return figure
+
+# %% ../../nbs/source/studies/02_ablation.ipynb #ac999d7f
+def steps_saved(
+    rows:list[dict[str, Any]], # of `reproduce`, or lines of curves.jsonl
+    arm:str="adaptive", # trained jointly
+    against:str="independent", # whose accuracy at the end is the level, seed by seed
+)->tuple[dict[int, int|None], Interval]: # seed -> step at which the arm is as good; steps saved, over the seeds
+    "How many steps earlier an arm is as good as another at its end, with a paired 95 % t-interval."
+    by = {(r["arm"], int(r["seed"])): r for r in rows}
+    seeds = [s for a, s in by if a == arm and (against, s) in by]
+    if not seeds: raise DataError(f"no seed with both {arm!r} and {against!r}")
+    curve = {s: c[0] for s in seeds for c in curves_of([by[arm, s]]).values()}
+    reached = {s: steps_to(curve[s], by[against, s]["answer_accuracy"]) for s in seeds}
+    saved = [by[against, s]["steps"] - (reached[s] or by[against, s]["steps"]) for s in seeds]
+    return reached, t_interval(saved)

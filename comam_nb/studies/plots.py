@@ -41,7 +41,7 @@ def plot_rewards(
     ax:"Axes|None"=None, # None makes some
 )->"Axes":
     "Local rewards and answer accuracy over training steps; all between 0 and 1."
-    ax, steps = _axes(ax, 6, 3.4), [m["step"] for m in metrics]
+    ax, steps = _axes(ax, 8, 3.8), [m["step"] for m in metrics]
     for key, label, who, style in (("r_cons_f", "extraction, $r_{cons\\_f}$", "extraction", "--"),
                                    ("r_cons_c", "profile, $r_{cons\\_c}$", "profile", "-."),
                                    ("r_ret", "retrieval, $r_{ret}$", "retrieval", ":"),
@@ -56,8 +56,8 @@ def plot_weights(
     ax:"Axes|None"=None, # None makes some
 )->"Axes":
     "Each agent's share of the global reward, w_n, over training steps; the dotted line is the equal share."
-    ax, steps = _axes(ax, 6, 3.0), [m["step"] for m in metrics]
-    for agent, style in zip(AGENTS, ("--", "-.", "-")):
+    ax, steps = _axes(ax, 8, 3.2), [m["step"] for m in metrics]
+    for agent, style in zip(AGENTS, ("--", "-.", ":")):
         _curve(ax, steps, [m[f"w_{agent}"] for m in metrics], agent, COLOURS[agent], style)
     ax.axhline(1 / 3, color="grey", lw=1, ls=":")
     ax.set(xlabel="training step", ylabel="credit weight $w_n$")
@@ -86,13 +86,14 @@ def plot_bands(
     curves:Mapping[str, Any], # name -> [S, T], or a pair (steps [T], [S, T])
     smooth:int=1, # running mean over this many steps, per seed, before the band is computed
     label:str="{name} ({last:.2f})", # legend entry
+    looks:Mapping[str, dict[str, Any]]|None=None, # name -> color and linestyle; the others get them in their order
     **kwargs, # axis settings: xlabel, ylabel, ylim, title
 )->"Axes":
     "Mean over seeds and its 95 % band, one line style and colour per curve."
-    ax = _axes(ax, 6, 3.4)
+    ax = _axes(ax, 8, 3.8)
     for i, (name, values) in enumerate(curves.items()):
         steps, values = values if isinstance(values, tuple) else (None, values)
-        values, look = np.atleast_2d(np.asarray(values, dtype=float)), line_look(i)
+        values, look = np.atleast_2d(np.asarray(values, dtype=float)), (looks or {}).get(name) or line_look(i)
         mean, half = mean_band(_smooth(values, smooth) if smooth > 1 else values)
         steps = np.arange(1, len(mean) + 1) if steps is None else np.asarray(steps)
         ax.plot(steps, mean, **look, lw=1.8, label=label.format(name=name, last=mean[-1]))
@@ -109,13 +110,14 @@ def plot_heat(
     ax:"Axes|None"=None, # None makes some
     form:str="{:g}", # how a number is written
     label:str="", # what the numbers are
+    top:float|None=None, # number of the darkest shade, the same for all panels of a figure; None takes the largest
 )->"Axes":
     "A matrix as shaded cells with the numbers written in them. Raises `DataError` for names that do not fit."
     matrix = np.asarray(matrix, dtype=float)
     if matrix.shape != (len(rows), len(columns)):
         raise DataError(f"the matrix has shape {matrix.shape}, but {len(rows)} row and {len(columns)} column names")
     ax = _axes(ax, 1.6 + 1.0 * len(columns), 1.0 + 0.42 * len(rows))
-    top = np.nanmax(matrix) if np.isfinite(matrix).any() else 1.0
+    if top is None: top = np.nanmax(matrix) if np.isfinite(matrix).any() else 1.0
     ax.imshow(matrix, cmap="Blues", vmin=min(0.0, np.nanmin(matrix, initial=0.0)), vmax=top or 1.0, aspect="auto")
     for i, j in np.ndindex(matrix.shape):
         if not np.isfinite(matrix[i, j]): continue
