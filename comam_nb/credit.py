@@ -138,7 +138,7 @@ def credit_weights(
 
 # %% ../nbs/book/07_credit.ipynb #27997a99
 _RULES = {"eq15":   lambda local, glob, w: local + w * glob,   # CoMAM Eq. 15
-          "alg1":   lambda local, glob, w: glob + w * local,   # Algorithm 1, line 15
+          "alg1":   lambda local, glob, w: glob + w * local,   # CoMAM Alg. 1, line 15
           "local":  lambda local, glob, w: local,              # ablation "L"
           "global": lambda local, glob, w: glob}               # ablation "G"
 

@@ -49,7 +49,7 @@ class State:
 
 # %% ../nbs/book/05_mdp.ipynb #572a0bdd
 class MemoryMDP:
-    "The three-step decision process of one episode (§4.2)."
+    "The three-step decision process of one episode (CoMAM §4.2)."
     agents = AGENTS # who acts, in this order
     def __init__(self,
         episode:Episode, # history, query, gold answer and evidence
@@ -80,8 +80,8 @@ class MemoryMDP:
         if state.agent == "extraction":
             return replace(state, step=1, history=(), fine=action.notes)
         if state.agent == "profile":
-            asked = dict(query=self.episode.query, options=self.episode.options)
-            return replace(state, step=2, coarse=action.notes, **asked)
+            return replace(state, step=2, coarse=action.notes, query=self.episode.query,
+                           options=self.episode.options)
         return replace(state, step=3, evidence=action.evidence, answer=action.answer)
 
 # %% ../nbs/book/05_mdp.ipynb #40ca088e
@@ -193,7 +193,7 @@ def rollout(
     batch_size:int=256, # completions under way at once
     seeds:Sequence[tuple[int, ...]]|None=None, # E; None: torch's generator
 )->list[list[Trajectory]]: # [E][G], rewards not yet computed
-    """Roll out a group for each of several episodes, all in step (§4.2).
+    """Roll out a group for each of several episodes, all in step (CoMAM §4.2).
     With `seeds`, an episode's group is the same whatever else is rolled out.
     A team may bring a process of its own, as `agents.process`."""
     process = getattr(agents, "process", MemoryMDP)

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 from address import ROOT, notebooks
 
 LINK = r"\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)" # [text](target)
-NAMED = r"\b(chapter|walkthrough|notebook)s? (\d+)"
+NAMED = r"(?<!Part III, )\b(chapter|walkthrough|notebook)s? (\d+)"
 
 def pages(root: Path = ROOT):
     "What is looked at: every notebook, and every Markdown file that is not hidden."

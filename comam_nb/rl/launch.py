@@ -23,7 +23,6 @@ from ..base.files import last_checkpoint
 from ..lm.backbone import Backbone
 from ..lm.cpu_kernels import keep_freed_memory
 from ..lm.engines import make_engine
-from ..mdp import AGENTS
 from .settings import CoMAMConfig
 from .team import Team
 
@@ -99,7 +98,7 @@ def check_run(
 )->torch.nn.Module: # what TRL trains
     "The model behind a run's agents. Raises `CreditError` or `BackboneError` for a run that cannot work."
     if args.max_steps < 1: raise CreditError("set max_steps: the number of joint steps")
-    if args.trained_agents is None: args.for_agents([a for a in AGENTS if a in team.trained])
+    if args.trained_agents is None: args.for_agents([a for a in team.process.agents if a in team.trained])
     for n in args.trained_agents:
         if n in team and isinstance(team[n].policy, Backbone) and n not in team.trained:
             raise CreditError(f"the {n} agent is frozen in this team: leave it out of trained_agents, or make a "
