@@ -131,9 +131,12 @@ def look(page, url, token, name, out, limit, seconds):
     "Open one notebook, run it, picture it: what was found, as (cell, what)."
     page.set_default_timeout(180_000)
     errors = []
-    offline = lambda m: m.text.startswith("Failed to load") and not m.location["url"].startswith(url)  # the Colab badge
+    # the Colab badge, and help for editors that not every server has
+    offline = lambda m: m.text.startswith("Failed to load") and (
+        not m.location["url"].startswith(url) or m.location["url"].startswith(f"{url}/lsp/"))
     complain = lambda text: errors.append((None, f"page: {text[:300]}"))
-    page.on("console", lambda m: m.type == "error" and not offline(m) and complain(m.text))
+    heard = lambda m: complain(f"{m.text} {m.location.get('url', '')}")
+    page.on("console", lambda m: m.type == "error" and not offline(m) and heard(m))
     page.on("pageerror", lambda e: complain(str(e)))
     page.goto(f"{url}/lab/workspaces/{Path(name).stem}/tree/{name}?token={token}")
     page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel")
