@@ -410,7 +410,8 @@ _EXERCISES |= {
     "11.2": _Exercise(
         0.625, "Five of the eight that were judged. A program that runs too long is the model's own failure.",
         ((0.5, "Five of all ten. But those that were cut off or refused say nothing about the agent."),
-         (5 / 7, "You left out the program that ran out of time. That failure is the model's, and counts as wrong."))),
+         (5 / 7, "You left out the program that ran out of time. That failure is the model's, and counts as wrong.")),
+        near=6e-3),
     "11.3": _Exercise(
         lambda right, wrong: [line for line in right.splitlines() if line not in wrong.splitlines()],
         "This is the raw difference of two attempts. It holds the step, and the handwriting too.",
@@ -440,7 +441,8 @@ _EXERCISES |= {
         1 - 17 / 36, "9/9 - 17/36 = .53, below the .75 of skip one end: half of it was habit.",
         ((1.0, "That is its share in the category. Take off what is usual over all 36 pairs."),
          (-8 / 36, "You took counts over the same 36 pairs. The first share is over the nine pairs of its category."),
-         (17 / 36 - 1, "The right size with the wrong sign: it is the category's share less the usual one.")))}
+         (17 / 36 - 1, "The right size with the wrong sign: it is the category's share less the usual one.")),
+        near=6e-3)}
 
 # %% ../nbs/source/base/10_exercises.ipynb #3b5e0b4e
 _EXERCISES |= {
