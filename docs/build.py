@@ -35,7 +35,9 @@ def linked(text, page, pages):
         if re.match(r"[a-z]+:", found[1]) or target.endswith(".svg"): return found[0]
         place = (page.parent / target).resolve() if target else page
         if not place.exists(): sys.exit(f"{page}: a link leads nowhere: {found[1]}")
-        if place in pages: return f"]({target}{mark}{anchors(place)[part] if part else ''})"
+        if place in pages:
+            if part and part not in anchors(place): sys.exit(f"{page}: there is no such heading: {found[1]}")
+            return f"]({target}{mark}{anchors(place)[part] if part else ''})"
         user, repo, branch = read_address()
         kind = "tree" if place.is_dir() else "blob"
         return f"](https://github.com/{user}/{repo}/{kind}/{branch}/{place.relative_to(ROOT).as_posix()}{mark}{part})"

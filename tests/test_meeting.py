@@ -149,10 +149,11 @@ def test_a_page_of_the_site_links_to_pages_and_to_github():
     build = script("docs", "build")
     page = ROOT / "nbs" / "book" / "01_story.ipynb"
     link = lambda to: build.linked(f"see [it]({to}).", page, {page, page.with_name("02_policy.ipynb")})
-    assert link("02_policy.ipynb#A-Policy") == "see [it](02_policy.ipynb#a-policy)."
+    assert link("02_policy.ipynb#Three-surprises") == "see [it](02_policy.ipynb#three-surprises)."
     assert link("../source/lm/").endswith("/tree/main/nbs/source/lm).")
     assert link("https://a.b/c") == "see [it](https://a.b/c)."
     with pytest.raises(SystemExit, match="a link leads nowhere: gone.ipynb"): link("gone.ipynb")
+    with pytest.raises(SystemExit, match="no such heading: 02_policy.ipynb#Four"): link("02_policy.ipynb#Four")
     cell = lambda source: {"cell_type": "code", "source": source, "metadata": {}, "outputs": []}
     assert build.shown(cell("#| hide\nx = 1")) is None and build.shown(cell("#| export\nx = 1"))["source"] == "x = 1"
 
