@@ -349,6 +349,7 @@ def _repeated(facts): # wrong: a value that was said again counts as over
     newest = {subject: turn for subject, _, turn in sorted(facts, key=lambda f: f[2])}
     return sorted({value for subject, value, turn in facts if turn != newest[subject]})
 
+# %% ../nbs/source/base/10_exercises.ipynb #8838df57
 _EXERCISES |= {
     "10.1": _Exercise(
         _superseded, "It needs a subject for each fact. Sentences have none, and where two values may both hold, as "

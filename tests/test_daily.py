@@ -73,6 +73,15 @@ def test_a_dead_endpoint_is_a_line_and_the_talk_goes_on(capsys, monkeypatch):
     assert code == 0 and "no reply: m at 127.0.0.1" in out
 
 
+def test_an_evaluation_goes_on_when_the_server_has_moved(servers, tmp_path, capsys):
+    first, second, _ = servers
+    ask = ["eval", "--data", "microworld", "--system", "base", "--questions", "2", "--out", tmp_path / "out"]
+    assert run(capsys, *ask, "--backbone", f"{first.url}#m")[0] == 0 and first.log
+    assert run(capsys, *ask, "--backbone", f"{second.url}#m")[0] == 0 and not second.log # all is on the disk
+    code, _, err = run(capsys, *ask, "--backbone", f"{second.url}#other")
+    assert code == 2 and "another settings" in err and not second.log, err
+
+
 def test_how_long_a_silent_endpoint_is_waited_for(place, server, capsys, monkeypatch):
     server.always = "silent"
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello?\n"))

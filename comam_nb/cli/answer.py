@@ -61,6 +61,7 @@ def _observe(assistant, history, batch_size):
             print(f"session {n} of {len(history)}: {len(session.messages)} turns{split}, {len(stored)} facts stored",
                   flush=True)
 
+# %% ../../nbs/source/cli/03_answer.ipynb #8d729f8b
 def _check_memory(args)->None:
     "Raise `CommandError` or `StoreError` unless --memory names one that knows --user."
     from comam_nb.store.items import MemoryStore

@@ -30,6 +30,7 @@ _LLM_ONLY = ("dtype", "load_in", "context", "prompts", "max_new_tokens")
 _REPORTS = ("trackio", "tensorboard", "wandb")
 _FILE_ONLY = ("max_prompt_tokens", "split", "split_seed", "validation_users", "test_users")
 
+# %% ../../nbs/source/cli/02_train.ipynb #01aea9cb
 def add_train(
     sub:argparse._SubParsersAction, # of `comam`
 )->None:

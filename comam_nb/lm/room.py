@@ -18,12 +18,18 @@ def room(
     prompt:str, # what it reads besides the text that shall be measured
     max_new_tokens:int, # that it may write
     who:str, # for the error
+    context:int=0, # tokens, or words, of its context to use; 0: all
+    least:int=32, # that must be left
 )->tuple[Callable[[str], int], int]: # length of a text, and how much of it fits
     "Tokens, or words for an endpoint. Raises `DataError` if nothing would fit."
-    if not isinstance(policy, Backbone): return (lambda text: len(text.split())), 4000
-    count = lambda text: len(policy.tokenizer(text).input_ids)
-    limit = policy.context_length - count(prompt) - template_length(policy) - max_new_tokens - 8
-    if limit < 32:
-        raise DataError(f"{who}'s prompt leaves {limit} tokens of {policy.context_length} for the conversation: "
-                        "lower max_new_tokens or take a model with a longer context")
+    if isinstance(policy, Backbone):
+        count = lambda text: len(policy.tokenizer(text, verbose=False).input_ids)
+        whole = min(context or policy.context_length, policy.context_length)
+        limit = whole - count(prompt) - template_length(policy) - max_new_tokens - 8
+    else:
+        count, whole = (lambda text: len(text.split())), context or 4000
+        limit = whole - count(prompt)
+    if limit < least:
+        raise DataError(f"{who}'s prompt leaves {limit} of {whole} tokens or words for what it is about: shorten it, "
+                        " lower max_new_tokens or take a model with a longer context")
     return count, limit

@@ -18,8 +18,8 @@ from ..agents import Agent, Decision, Note, Usage, act, render_notes, split_hist
 from ..base.embedders import HashingEmbedder, embed
 from ..base.errors import DataError
 from ..data import Query, Session
-from ..lm.backbone import Backbone, template_length
 from ..lm.chat import without_thinking
+from ..lm.room import room
 from ..mdp import State
 
 # %% ../../nbs/source/systems/01_interface.ipynb #5f8d2e6c
@@ -103,17 +103,8 @@ class _Calls:
     def act(self, agent:Agent, states:Sequence[State])->list[Decision]: return self.books.act(agent, states)
     def room(self, name:str, state:State)->tuple[Callable[[str], int], int]:
         "How to measure a text for an agent, and how much of it still fits beside `state`."
-        agent, policy = self.agents[name], self.agents[name].policy
-        if isinstance(policy, Backbone):
-            count = lambda text: len(policy.tokenizer(text, verbose=False).input_ids)
-            spare = agent.max_new_tokens + template_length(policy) + 8
-            limit = min(self.context or policy.context_length, policy.context_length) - spare
-        else: count, limit = (lambda text: len(text.split())), self.context or 4000
-        limit -= count(agent.prompt(state))
-        if limit < 1:
-            raise DataError(f"{self.name}: the {name} agent's prompt fills its context and leaves no room for memory: "
-                            "shorten the question, lower max_new_tokens or take a model with a longer context")
-        return count, limit
+        agent, who = self.agents[name], f"{self.name}: the {name} agent"
+        return room(agent.policy, agent.prompt(state), agent.max_new_tokens, who, self.context, least=1)
     def facts(self, session:Session)->list[Note]:
         "What the extraction agent finds in a session."
         states = [State(0, history=p) for p in split_history((session,), *self.room("extraction", State(0)))]
