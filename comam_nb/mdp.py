@@ -161,9 +161,14 @@ class Trajectory:
     def from_json(cls,
         d:dict[str, Any], # as `to_json` made it
         intervene:Callable[..., Action]|None=None, # the one it was made with, if any
+        process:type[MemoryMDP]=MemoryMDP, # the one it was made with
     )->"Trajectory": # states replayed
         "Rebuild a trajectory; the states follow from the actions."
-        mdp = MemoryMDP(Episode.from_json(d["episode"]), intervene)
+        names, known = [x["agent"] for x in d["transitions"]], [*process.agents]
+        if names != known[:len(names)]:
+            raise ValueError(f"its agents are {names}, and those of the process {known}: "
+                             "name the process that it was made with")
+        mdp = process(Episode.from_json(d["episode"]), intervene)
         t, state = cls(mdp.episode, answer_reward=d["answer_reward"]), mdp.reset()
         for x in d["transitions"]:
             action = Action.from_json(x["action"])
@@ -252,12 +257,13 @@ def write_trajectories(
 def read_trajectories(
     path:str|Path, # a .jsonl file of `write_trajectories`
     intervene:Callable[..., Action]|None=None, # the one they were made with, if any
+    process:type[MemoryMDP]=MemoryMDP, # the one they were made with
 )->list[Trajectory]: # in the order of the file
     "Read trajectories; raises `DataError` with file and line for a bad one."
     out = []
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
-            try: out.append(Trajectory.from_json(json.loads(line), intervene))
+            try: out.append(Trajectory.from_json(json.loads(line), intervene, process))
             except (ValueError, KeyError, TypeError) as e: # broken JSON is a ValueError
                 why = f"not a trajectory ({type(e).__name__}: {e})"
                 raise DataError(f"{path}, line {number}: {why}") from e

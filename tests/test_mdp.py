@@ -182,6 +182,8 @@ def test_a_team_brings_its_process_with_a_fourth_agent():
     assert [n.text for n in t["reader"].state.shown] == ["The favourite drink is tea."] # retrieval named line 2 of 3
     assert (t.final.done, t.final.agent, t.final.answer, t.final.evidence) == (True, None, "mint tea", frozenset({7}))
     with pytest.raises(ValueError, match="over"): FourSteps(t.episode).step(t.final, Action())
+    assert Trajectory.from_json(json.loads(json.dumps(t.to_json())), process=FourSteps) == t
+    with pytest.raises(ValueError, match="name the process"): Trajectory.from_json(t.to_json())
     rewards = lambda groups: ([[[1.0] for _ in FourSteps.agents] for _ in groups], [[0.0] for _ in groups])
     scores = evaluate(four, [example_episode()], rewards)
     assert list(scores) == ["answer_accuracy", "r_cons_f", "r_cons_c", "r_ret", "r_reader"]
