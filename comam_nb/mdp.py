@@ -9,7 +9,7 @@ __all__ = ['AGENTS', 'State', 'MemoryMDP', 'Transition', 'Trajectory', 'rollout'
 # %% ../nbs/book/05_mdp.ipynb #a57a1ce9
 import html, json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,9 @@ class Trajectory:
                      action=x.action.to_json(), prompt_ids=list(x.prompt_ids),
                      action_ids=list(x.action_ids), reward=x.reward)
                 for x in self.transitions]
+        for a, x in zip(acts, self.transitions): # a process of one's own may build on it
+            if x.state.agents != AGENTS and x.state.shown is not None:
+                a["shown"] = [asdict(n) for n in x.state.shown]
         return dict(episode=self.episode.to_json(), transitions=acts,
                     answer_reward=self.answer_reward)
 
@@ -173,6 +176,9 @@ class Trajectory:
         for x in d["transitions"]:
             action = Action.from_json(x["action"])
             ids = tuple(x["prompt_ids"]), tuple(x["action_ids"])
+            if "shown" in x:
+                shown = tuple(Note(n["text"], tuple(n["cites"])) for n in x["shown"])
+                state = replace(state, shown=shown)
             t.transitions.append(Transition(x["agent"], state, x["prompt"], x["text"],
                                             action, *ids, x["reward"]))
             state = mdp.step(state, action)
