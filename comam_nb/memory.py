@@ -34,7 +34,8 @@ def _as_items(
             for n in notes]
 
 def _as_notes(items:Iterable[MemoryItem])->tuple[Note, ...]:
-    return tuple(Note(i.text, tuple(i.cites)) for i in items)
+    "A text with line breaks, from an import or a tool, stays on its line."
+    return tuple(Note(" ".join(i.text.split()), tuple(i.cites)) for i in items)
 
 # %% ../nbs/book/10_memory.ipynb #a0611740
 def _recall(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ..base.errors import MemCollabError
+from ..base.fences import outside
 from .code_answers import called_names
 from .tasks import Task
 from ..lm.chat import without_thinking
@@ -447,7 +448,7 @@ def parse_constraints(
     strict:bool=False, # only the exact form, one sentence per line
 )->tuple[list[Constraint], list[tuple[str, str]]]: # without category and source; (line, reason) of what cannot be read
     "Sentences of the form \"When …, enforce …; avoid ….\"; whatever else the text claims about itself is ignored."
-    text = without_thinking(text).strip()
+    text = outside(without_thinking(text)).strip()
     found:list[tuple[str, tuple[str, ...]|None]]
     items = None if strict else _json_items(text)
     if items:
