@@ -29,7 +29,7 @@ def as_data(
     return in_braces(unmarked(text))
 
 # %% ../../nbs/source/base/13_fences.ipynb #f0a1b014
-def outside(
+def unquoted(
     text:str, # what a model wrote
 )->str: # the same if nothing is quoted in it
     "A reply without the lines that it copied from a quotation."

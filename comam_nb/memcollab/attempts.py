@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..base.errors import MemCollabError
-from ..base.fences import outside, unmarked
+from ..base.fences import unquoted, unmarked
 from ..base.files import Journal, text_hash
 from ..checks.code_answers import check
 from ..checks.sandbox import Execution, Verdict, execute
@@ -215,7 +215,7 @@ def _final_text(
     "The part of an attempt that counts as its answer; no line that it copied counts."
     texts = [m["content"] for m in draft.messages if m["role"] == "assistant"]
     if _wants_code(draft.task): return "\n\n".join(texts)
-    style, last = draft.solver.style, outside(texts[-1])
+    style, last = draft.solver.style, unquoted(texts[-1])
     marks = list(_FINAL.finditer(last)) if style == "agent" else []
     program = style == "code" or (style == "agent" and not marks
                                   and r"\boxed" not in last)
