@@ -8,7 +8,7 @@ __all__ = ['Note', 'Action', 'parse_answer', 'render_notes', 'Agent', 'Decision'
 
 # %% ../nbs/book/04_agents.ipynb #652a43cc
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from string import ascii_lowercase as _LETTERS
 from typing import Any
@@ -18,6 +18,8 @@ import numpy as np
 from .base.citations import read_citations
 from .base.embedders import HashingEmbedder
 from .base.errors import DataError
+from .base.fences import as_data
+from .base.words import content_words
 from .lm.chat import without_thinking
 from .lm.decoding import Sample, sample_each, sample_group
 from .lm.histories import render_history
@@ -41,65 +43,91 @@ class Action:
     answer:str="" # its answer p (retrieval)
     used:tuple[int, ...]=() # numbers of the memory lines that it named (retrieval)
     malformed:int=0 # lines or tags that did not follow the format
+    unfounded:int=0 # citations of lines that say nothing of it, dropped
 
     def to_json(self)->dict[str, Any]: # plain JSON values
-        "A JSON object; `from_json` is its inverse."
-        return {**asdict(self), "evidence": sorted(self.evidence)}
+        "A JSON object; `from_json` is its inverse. `unfounded` only if there are some."
+        d = {**asdict(self), "evidence": sorted(self.evidence)}
+        return {k: v for k, v in d.items() if k != "unfounded" or v}
 
     @classmethod
     def from_json(cls, d:dict[str, Any])->"Action":
         "Raises `KeyError` or `TypeError` for anything that `to_json` did not make."
         notes = tuple(Note(n["text"], tuple(n["cites"])) for n in d["notes"])
         evidence, used = frozenset(d["evidence"]), tuple(d["used"])
-        return cls(notes, evidence, d["answer"], used, d["malformed"])
+        counts = d["malformed"], d.get("unfounded", 0)
+        return cls(notes, evidence, d["answer"], used, *counts)
 
 # %% ../nbs/book/04_agents.ipynb #99af73f4
 _BULLET = re.compile(r"^(?:[-*•]|\d+[.)])\s+") # of a list; no part of a statement
+
+def _founded(
+    numbers:Sequence[int], # that were cited
+    said:str, # where
+    lines:Mapping[int, str], # number -> text of the line; without a text it counts
+)->list[int]: # the numbers whose line shares a content word with what was said
+    words = content_words(said)
+    return [n for n in numbers if n not in lines or words & content_words(lines[n])]
 
 def _parse_notes(
     text:str, # what the agent wrote
     handles:dict[int, tuple[int, ...]], # number in brackets -> turn numbers
     budget:int, # lines to keep
+    lines:Mapping[int, str]={}, # see `_founded`
 )->Action: # notes, and how many lines were not as asked
     "Read one note a line. Never fails: what cannot be read is counted in `malformed`."
     notes:list[Note] = []
-    seen, malformed = set(), 0
+    seen, malformed, unfounded = set(), 0, 0
     for line in filter(None, map(str.strip, without_thinking(text).splitlines())):
         numbers, body = read_citations(line, handles)
-        cites = sorted({turn for n in numbers for turn in handles.get(n, ())})
         body = _BULLET.sub("", " ".join(body.split()))
+        good = _founded(numbers, body, lines)
+        cites = sorted({turn for n in good for turn in handles.get(n, ())})
         empty = not re.search(r"\w", body) or (body.endswith(":") and not numbers)
         dropped = empty or body in seen or len(notes) >= budget
         malformed += dropped or not cites
         if dropped: continue
         seen.add(body)
+        unfounded += len(numbers) - len(good)
         notes.append(Note(body, tuple(cites)))
-    return Action(tuple(notes), malformed=malformed)
+    return Action(tuple(notes), malformed=malformed, unfounded=unfounded)
 
 # %% ../nbs/book/04_agents.ipynb #4629bb80
+def _last_tag(text:str, name:str)->tuple[str, int]|None: # content; where it begins
+    "The last complete tag; if none is complete the last open one, to the end."
+    opened, closed = f"<{name}>", [m.start() for m in re.finditer(rf"</\s*{name}>", text)]
+    start, end = text.rfind(opened, 0, closed[-1]) if closed else -1, len(text)
+    if start >= 0: end = next(i for i in closed if i > start)
+    else: start = text.rfind(opened)
+    return (text[start + len(opened):end], start) if start >= 0 else None
+
 def parse_answer(
     text:str, # what the agent wrote
-    handles:dict[int, tuple[int, ...]], # number of a memory line -> turn numbers
+    handles:Mapping[int, tuple[int, ...]], # number of a memory line -> turn numbers
+    lines:Mapping[int, str]={}, # number -> its text, to check citations with
 )->Action: # evidence, answer, and how many tags were missing or numbers unknown
     "Read `<information>` and `<final_answer>`. Never fails."
     text = without_thinking(text)
-    inside = r"<information>(.*?)(?:</\s*information>|<final_answer>|$)"
-    info = re.search(inside, text, re.S)
-    final = re.search(r"<final_answer>(.*?)(?:</\s*final_answer>|$)", text, re.S)
-    numbers = set(read_citations(info[1], handles)[0]) if info else set()
-    used = tuple(sorted(n for n in numbers if n in handles))
-    malformed = (info is None) + (final is None) + len(numbers) - len(used)
+    final = _last_tag(text, "final_answer")
+    info = final and _last_tag(text[:final[1]], "information")
+    info = info or _last_tag(text, "information")
+    found, copied = read_citations(info[0], handles) if info else ([], "")
+    numbers = set(found)
+    known = sorted(n for n in numbers if n in handles)
+    used = tuple(_founded(known, copied, lines) if content_words(copied) else known)
+    malformed = (info is None) + (final is None) + len(numbers) - len(known)
     evidence = frozenset(turn for n in used for turn in handles[n])
-    answer = " ".join(final[1].split()) if final else ""
-    return Action((), evidence, answer, used, malformed)
+    answer = " ".join(final[0].split()) if final else ""
+    return Action((), evidence, answer, used, malformed, len(known) - len(used))
+
 
 # %% ../nbs/book/04_agents.ipynb #cec1e12d
 def render_notes(
     notes:Sequence[Note], # memory lines
     start:int=1, # number of the first
 )->str: # one note a line, "… [1]"
-    "Memory as the later agents read it."
-    return "\n".join(f"{n.text} [{i}]" for i, n in enumerate(notes, start))
+    "Memory as the later agents read it; a text cannot cite, or close a tag."
+    return "\n".join(f"{as_data(n.text)} [{i}]" for i, n in enumerate(notes, start))
 
 # %% ../nbs/book/04_agents.ipynb #2714d58a
 class Agent:
@@ -113,10 +141,17 @@ class Agent:
         budget:int=10, # lines of memory that it may write
         max_new_tokens:int=256, # tokens that it may write
         opening:str="", # first characters of every reply, put into its mouth
+        ending:str="", # a reply ends before this text, if the model goes on
+        grounded:bool=False, # only citations of lines that share a word with it count
     ):
         self.policy, self.adapter, self.opening = policy, adapter, opening
         self.budget, self.max_new_tokens = budget, max_new_tokens
+        self.ending, self.grounded = ending, grounded
         if template is not None: self.template = template
+
+    def lines(self, texts:Sequence[str])->dict[int, str]:
+        "What a parser checks citations with: number -> text; nothing if it need not."
+        return dict(enumerate(texts, 1)) if self.grounded else {}
 
     def look_up(self, states:Sequence[Any])->list[Any]:
         "The states with whatever the agent has to find before it reads."
@@ -136,8 +171,9 @@ class Agent:
         raise NotImplementedError
 
     def read(self, completion:str, state:Any)->Action:
-        "The action in a completion: without thinking, and behind the opening."
-        return self.parse(self.opening + without_thinking(completion), state)
+        "The action in a completion: no thinking, behind the opening, up to the ending."
+        text = self.opening + without_thinking(completion)
+        return self.parse(text.split(self.ending)[0] if self.ending else text, state)
 
     def __repr__(self)->str:
         own = f"budget={self.budget}, adapter={self.adapter!r}, policy={self.policy!r}"
@@ -183,8 +219,10 @@ class ExtractionAgent(Agent):
         return {"history": render_history(state.history)}
 
     def parse(self, text:str, state:Any)->Action:
-        turns = [m.turn for s in state.history for m in s.messages]
-        return _parse_notes(text, {i: (t,) for i, t in enumerate(turns, 1)}, self.budget)
+        turns = [m for s in state.history for m in s.messages]
+        handles = {i: (m.turn,) for i, m in enumerate(turns, 1)}
+        lines = self.lines([m.content for m in turns])
+        return _parse_notes(text, handles, self.budget, lines)
 
 # %% ../nbs/book/04_agents.ipynb #8e4ec5a8
 class ProfileAgent(Agent):
@@ -198,7 +236,8 @@ class ProfileAgent(Agent):
 
     def parse(self, text:str, state:Any)->Action:
         handles = {i: n.cites for i, n in enumerate(state.fine, 1)}
-        return _parse_notes(text, handles, self.budget)
+        lines = self.lines([n.text for n in state.fine])
+        return _parse_notes(text, handles, self.budget, lines)
 
 # %% ../nbs/book/04_agents.ipynb #a0a2dcaa
 def nearest(
@@ -261,10 +300,11 @@ class RetrievalAgent(Agent):
         if len(given) > 26:
             raise DataError(f"the question has {len(given)} options, but letters name "
                             "only 26: leave some out")
-        options = "".join(f"\n({x}) {text}" for x, text in zip(_LETTERS, given))
+        options = "".join(f"\n({x}) {as_data(t)}" for x, t in zip(_LETTERS, given))
         memory = render_notes(self.candidates(state)) or "(nothing)"
-        return {"memory": memory, "question": state.query.text + options}
+        return {"memory": memory, "question": as_data(state.query.text) + options}
 
     def parse(self, text:str, state:Any)->Action:
-        handles = {i: n.cites for i, n in enumerate(self.candidates(state), 1)}
-        return parse_answer(text, handles)
+        shown = self.candidates(state)
+        handles = {i: n.cites for i, n in enumerate(shown, 1)}
+        return parse_answer(text, handles, self.lines([n.text for n in shown]))

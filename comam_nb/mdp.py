@@ -118,7 +118,8 @@ class Transition:
         lines = [f"{list(n.cites)} {n.text}" for n in a.notes]
         if self.agent == "retrieval":
             lines = [f"evidence: {sorted(a.evidence)}", f"answer: {a.answer}"]
-        return "\n".join(lines + [f"malformed: {a.malformed}"] * bool(a.malformed))
+        counts = {"malformed": a.malformed, "unfounded": a.unfounded}
+        return "\n".join(lines + [f"{k}: {n}" for k, n in counts.items() if n])
 
 # %% ../nbs/book/05_mdp.ipynb #0f4ebc1e
 def _html_table(rows:Sequence[Sequence[str]], header:Sequence[str])->str:

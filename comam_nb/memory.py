@@ -26,15 +26,18 @@ def _as_items(
     notes:Iterable[Note], # what an agent wrote
     user:str, # about whom
     granularity:str, # "fine" for facts, "coarse" for the profile
+    model:str="", # that wrote them
 )->list[MemoryItem]:
-    "Notes as the store keeps them."
+    "Notes as the store keeps them, with who wrote them."
     now = datetime.now(timezone.utc).isoformat()
     by = {"fine": "extraction", "coarse": "profile"}[granularity]
+    if model: by += f"; model {model.replace(';', ',')}"
     return [MemoryItem(uuid.uuid4().hex, user, n.text, granularity, n.cites, now, by)
             for n in notes]
 
 def _as_notes(items:Iterable[MemoryItem])->tuple[Note, ...]:
-    return tuple(Note(i.text, tuple(i.cites)) for i in items)
+    "A text with line breaks, from an import or a tool, stays on its line."
+    return tuple(Note(" ".join(i.text.split()), tuple(i.cites)) for i in items)
 
 # %% ../nbs/book/10_memory.ipynb #a0611740
 def _recall(
@@ -127,10 +130,12 @@ def _keep(
     decisions:Sequence[Decision], # of the extraction agent, about one session
     read:tuple[str, int, int]|None, # mark, first turn, turns; None: nothing was new
     known:set[Note], # facts that are stored; the new ones join
+    model:str="", # that found it
 )->list[MemoryItem]: # the facts that were stored
     "Store what was found in a session, and that it was read."
     notes = dict.fromkeys(n for d in decisions for n in d.action.notes)
-    items = _as_items([n for n in notes if n not in known], user, "fine")
+    new = [n for n in notes if n not in known]
+    items = _as_items(new, user, "fine", model)
     known.update(notes)
     heard = all(d.action.notes or not d.action.malformed for d in decisions)
     marks = [(user, *read)] if read and heard else []
@@ -140,6 +145,9 @@ def _keep(
 # %% ../nbs/book/10_memory.ipynb #8f3d67fe
 def _facts(me:Assistant)->tuple[Note, ...]:
     return _as_notes(me.store.items(me.user, "fine"))
+
+def _model(agent:Agent)->str: # "" for one without a name
+    return str(getattr(agent.policy, "name", "") or "")
 
 def _room(agent:Agent, empty:State)->tuple[Callable[[str], int], int]:
     "How to measure a text for an agent, and how much of it fits beside its prompt."
@@ -165,7 +173,8 @@ def _observe(
     for s, some in zip(sessions, pieces):
         mark, said = session_mark(s, len(s.messages)), [next(acted) for _ in some]
         read = (mark, *seen[mark]) if some else None
-        stored.append(_keep(me.store, me.user, said, read, known))
+        stored.append(_keep(me.store, me.user, said, read, known,
+                            _model(me.agents["extraction"])))
     me.stale = me.stale or any(stored)
     return stored
 
@@ -191,7 +200,8 @@ def _reflect(me:Assistant)->list[MemoryItem]:
     parts = _split_notes(_facts(me), *_room(me.agents["profile"], State(1)))
     decisions = me._act("profile", [State(1, fine=p) for p in parts])
     old = [i.id for i in me.store.items(me.user, "coarse")]
-    new = _as_items((n for d in decisions for n in d.action.notes), me.user, "coarse")
+    new = _as_items((n for d in decisions for n in d.action.notes), me.user, "coarse",
+                    _model(me.agents["profile"]))
     if new: me.store.add(new)
     if old: me.store.forget(me.user, old)
     me.stale = False

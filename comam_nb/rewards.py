@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .base.errors import RewardError
+from .base.fences import as_data
 from .base.words import content_words
 from .data import Episode, Message, Session
 from .lm.chat import without_thinking
@@ -143,7 +144,7 @@ def _history_text(
 )->str: # one turn per line, "[3] user: ..."
     "A history as the judge reads it."
     turns:list[Any] = [m for part in history for m in getattr(part, "messages", (part,))]
-    return "\n".join(f"[{m.turn}] {m.role}: {m.content}" for m in turns)
+    return "\n".join(f"[{m.turn}] {m.role}: {as_data(m.content)}" for m in turns)
 
 # %% ../nbs/book/06_rewards.ipynb #733c767e
 def _score(
@@ -171,7 +172,7 @@ class RubricJudge:
     )->list[str]: # one per question of the rubric
         "What the model is asked."
         fields = dict(history=_history_text(history),
-                      profile="\n".join(f"- {i.text}" for i in items))
+                      profile="\n".join(f"- {as_data(i.text)}" for i in items))
         return [self.prompt.format(question=q, **fields) for q in self.rubric.values()]
 
     def batch(self,

@@ -33,6 +33,12 @@ def _named(inside:str, known:Collection[int])->tuple[list[int], bool]: # (number
         out += [n for n in sorted(known) if a <= n <= b] if last else [a]
     return (out if any(n in known for n in out) else []), bare != inside
 
+def _cited(m:re.Match, known:Collection[int])->list[int]|None: # numbers; None: the bracket is no citation
+    if m["asked"]: return [int(n) for n in re.findall(r"\d{1,9}", m[0])]
+    found, worded = _named(m["square"] or m["round"], known)
+    at_end = worded or not m["round"] or _REST.match(m.string, m.end(), m.end() + 200)
+    return found if found and at_end else None
+
 def read_citations(
     text:str, # a line that a model wrote, or several
     known:Collection[int], # numbers of the lines that exist
@@ -40,12 +46,20 @@ def read_citations(
     "Find citations and take them out. Never fails."
     numbers:list[int] = []
     def read(m):
-        if m["asked"]: found = [int(n) for n in re.findall(r"\d{1,9}", m[0])]
-        else:
-            found, worded = _named(m["square"] or m["round"], known)
-            at_end = worded or not m["round"] or _REST.match(text, m.end(), m.end() + 200)
-            if not (found and at_end): return m[0]
+        if (found := _cited(m, known)) is None: return m[0]
         numbers.extend(found)
         return "\0"
     rest = _CUT_OFF.sub("", _BRACKETS.sub(read, text))
     return numbers, re.sub(r"\0+(?=[.,;:!?…。，；！？])", "", rest).replace("\0", " ") # no space before a full stop
+
+# %% ../../nbs/source/base/08_citations.ipynb #5b7e20c4
+_LINES = range(1, 1000) # more than any prompt has
+
+def in_braces(
+    text:str, # from outside, or from a model
+)->str: # in which `read_citations` finds none
+    "A text whose brackets cite nothing: `[3]` becomes `{3}`."
+    def mend(m):
+        bare = m[0].strip()
+        return m[0].replace(bare, f"{{{bare[1:-1]}}}") if _cited(m, _LINES) else m[0]
+    return _BRACKETS.sub(mend, text)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ..base.errors import MemCollabError
+from ..base.fences import unquoted
 from .code_answers import called_names
 from .tasks import Task
 from ..lm.chat import without_thinking
@@ -87,9 +88,10 @@ class Constraint:
 # %% ../../nbs/source/checks/08_constraints.ipynb #3d213bee
 def known_pairs(
     source:dict, # a constraint's provenance
-)->list[dict]: # the pairs it names, its own first, then those that an imported file claims
+    claims:bool=True, # also those that an imported file claims
+)->list[dict]: # the pairs it names, its own first
     "Pairs behind a constraint; malformed ones are passed over."
-    claimed = source.get("claimed")
+    claimed = source.get("claimed") if claims else None
     lists = [source.get("pairs"), claimed.get("pairs") if isinstance(claimed, dict) else None]
     return [p for ps in lists if isinstance(ps, list) for p in ps if isinstance(p, dict) and isinstance(p.get("task"),
         str)]
@@ -447,7 +449,7 @@ def parse_constraints(
     strict:bool=False, # only the exact form, one sentence per line
 )->tuple[list[Constraint], list[tuple[str, str]]]: # without category and source; (line, reason) of what cannot be read
     "Sentences of the form \"When …, enforce …; avoid ….\"; whatever else the text claims about itself is ignored."
-    text = without_thinking(text).strip()
+    text = unquoted(without_thinking(text)).strip()
     found:list[tuple[str, tuple[str, ...]|None]]
     items = None if strict else _json_items(text)
     if items:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base.errors import MemCollabError
+from ..base.fences import unmarked
 from .tasks import Task
 
 if TYPE_CHECKING: from comam_nb.lm.chat import Chat
@@ -275,11 +276,12 @@ def _ask_choice(
 )->str|None: # one of the choices, or None for garbage
     "Let a model choose, by constrained choice if it can, by number if not; a single choice is not asked for."
     if len(choices) == 1: return choices[0]
+    text = unmarked(text[:4000])
     if hasattr(chat, "choose"):
         stats.update(calls=1, garbage=0)
-        return chat.choose(_CHOOSE_PROMPT.format(what=what, choices=", ".join(choices), task=text[:4000]), choices)
+        return chat.choose(_CHOOSE_PROMPT.format(what=what, choices=", ".join(choices), task=text), choices)
     listed = "\n".join(f"{i}. {c}" for i, c in enumerate(choices, 1))
-    prompt = _CLASSIFY_PROMPT.format(what=what, choices=listed, task=text[:4000])
+    prompt = _CLASSIFY_PROMPT.format(what=what, choices=listed, task=text)
     choice = _parse_choice(chat.chat([{"role": "user", "content": prompt}], max_tokens=16).text, choices)
     stats.update(calls=1, garbage=choice is None)
     return choice

@@ -100,8 +100,9 @@ def language_team(
     from comam_nb.lm.backbone import load_backbone
     from comam_nb.mdp import AGENTS
     from comam_nb.rl.team import make_team
-    prompts = PROMPTS[args.prompts]
-    each:dict[str, Any] = {n: dict(max_new_tokens=args.max_new_tokens, **kw) for n, kw in prompts.items()}
+    prompts, exact = PROMPTS[args.prompts], getattr(args, "data", "") == "microworld" # whose citations are exact
+    more = dict(max_new_tokens=args.max_new_tokens) | ({"grounded": False} if exact else {})
+    each:dict[str, Any] = {n: kw | more for n, kw in prompts.items()}
     if _is_endpoint(args.backbone):
         from comam_nb.lm.endpoints import without_login
         from comam_nb.lm.recorded import open_chat

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from .. import __version__
 from ..base.errors import StoreError
+from ..base.fences import unmarked
 from ..runs.folder import CommandError
 
 if TYPE_CHECKING:
@@ -49,8 +50,9 @@ def _memory_tools(store:"MemoryStore")->list[Callable[..., dict[str, Any]]]: # e
         "What is stored about the user, the nearest to the query first."
         known(user)
         items = [(h.score, h.item) for h in store.search(query, user, k, kind)]
-        return {"note": _NOTE, "items": [{"id": i.id, "text": i.text, "kind": i.granularity, "turns": list(i.cites),
-                                          "stored": i.created, "score": round(score, 3)} for score, i in items]}
+        return {"note": _NOTE, "items": [
+            {"id": i.id, "text": unmarked(i.text), "kind": i.granularity, "turns": list(i.cites),
+             "stored": i.created, "score": round(score, 3)} for score, i in items]}
 
     def forget(user:User, ids:Ids)->dict[str, Any]:
         "Delete items for good; with a fact goes the profile that was made from it. All of these ids, or none."
@@ -69,7 +71,7 @@ def _bank_tool(bank:"ConstraintBank")->Callable[..., dict[str, Any]]:
     def lessons_for(task:Text, category:Label|None=None, subcategory:Label|None=None, k:Few=3)->dict[str, Any]:
         "Lessons from other attempts that may help with a task; none where nothing fits."
         found = bank.retrieve(task, category, subcategory, p=k, K=1, status="active")
-        lessons = [{"id": h.constraint.id, "text": str(h.constraint), "category": h.constraint.category,
+        lessons = [{"id": h.constraint.id, "text": unmarked(str(h.constraint)), "category": h.constraint.category,
                     "score": round(h.score, 3)} for h in found]
         return {"note": found.note or _NOTE, "lessons": lessons}
     return lessons_for

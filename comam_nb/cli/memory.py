@@ -7,6 +7,8 @@ __all__ = []
 
 # %% ../../nbs/source/cli/06_memory.ipynb #657f07d6
 import argparse, json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from ..base.files import write_whole
@@ -15,7 +17,7 @@ from ..runs.folder import CommandError
 
 # %% ../../nbs/source/cli/06_memory.ipynb #bbefa6a5
 _VERBS = {"stats": "how much is stored about whom", "list": "all items, in the order in which they were stored",
-          "search": "the items nearest to a question", "forget": "delete items for good",
+          "search": "the items nearest to a question", "forget": "delete items for good, one by one or by their source",
           "export": "write items and what was read to a JSONL file", "import": "take in such a file"}
 
 def add_memory(
@@ -39,6 +41,9 @@ def add_memory(
         if verb == "forget":
             which = v.add_mutually_exclusive_group(required=True)
             which.add_argument("--id", nargs="+", help="of these items")
+            which.add_argument("--session", metavar="TURN", help="that came from the session with this turn")
+            which.add_argument("--model", help="that this model wrote")
+            which.add_argument("--import", dest="imported", metavar="FILE", help="that came with this file")
             which.add_argument("--all", action="store_true", help="everything of this user")
         if verb in ("export", "import"): v.add_argument("--file", required=True, help="the JSONL file")
 
@@ -58,6 +63,10 @@ def _stats(args, store)->None:
         kinds = {g: len(store.items(user, g)) for g in ("fine", "coarse")}
         read = len(store.sessions(user))
         print(f"{printable(user, True)}: {kinds['fine']} facts, {kinds['coarse']} in the profile, read {read} times")
+        for by, n in sorted(Counter(i.by or "nobody named" for i in store.items(user)).items()):
+            print(f"  {n} by {printable(by, True)}")
+    for user, when, rule, ids in store.removals():
+        print(f"removed {when}: {len(ids)} items of {printable(user, True)}, by {printable(rule, True)}")
 
 def _list(args, store)->None:
     for user in _users(args, store):
@@ -70,6 +79,13 @@ def _search(args, store)->None:
 
 def _forget(args, store)->None:
     _users(args, store)
+    source = {"session": args.session, "model": args.model, "import": args.imported}
+    for kind, name in source.items():
+        if name is None: continue
+        gone = store.forget_from(args.user, kind, name)
+        print(f"{len(gone)} items came from the {kind} {printable(name, True)}, or were made from such: they are "
+              "deleted, which `stats` records")
+        return
     if args.id is None: n, profile = store.forget(args.user), 0
     else: n, profile = store.retract(args.user, args.id)
     print(f"{n} items are deleted")
@@ -105,7 +121,6 @@ def _read_rows(path)->tuple[list, list]: # items, sessions that were read
 
 def _apart(store, items, read)->tuple[list, list]: # the same, with turn numbers that no other log has
     "Where turns of another log have the numbers of an import's, all of the import moves behind them."
-    from dataclasses import replace
     shift = {}
     for user in {r[0] for r in read}:
         known = [place for _, place in store.sessions(user).items()]
@@ -122,7 +137,8 @@ def _import(args, store)->None:
     new = [i for i in items if i.id not in have[i.user]]
     fresh = [r for r in read if r[1] not in store.sessions(r[0])]
     moved, places = _apart(store, new, fresh)
-    store.add(moved, places)
+    name = Path(args.file).name.replace(";", ",")
+    store.add([replace(i, by=f"{i.by}; import {name}") for i in moved], places)
     print(f"{len(new)} items are new, {len(items) - len(new)} were there")
 
 def _run(args)->int: # exit code

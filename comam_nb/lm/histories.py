@@ -10,6 +10,7 @@ from collections.abc import Callable
 from itertools import count
 
 from ..base.errors import DataError
+from ..base.fences import as_data
 from ..data import Session
 
 # %% ../../nbs/source/lm/12_histories.ipynb #fbf9be10
@@ -17,11 +18,12 @@ def render_history(
     history:tuple[Session, ...], # H
 )->str: # one turn a line, "user: … [3]", counted from 1
     "The conversation as the extraction agent reads it."
+    one_line = lambda text: as_data(" ".join(text.split()))
     blocks, n = [], count(1)
     for s in history:
-        said = [(m.role, " ".join(m.content.split())) for m in s.messages]
+        said = [(one_line(m.role), one_line(m.content)) for m in s.messages]
         lines = [f"{role}: {text} [{next(n)}]" for role, text in said]
-        blocks.append("\n".join(([f"({s.date})"] if s.date else []) + lines))
+        blocks.append("\n".join(([f"({one_line(s.date)})"] if s.date else []) + lines))
     return "\n\n".join(blocks)
 
 # %% ../../nbs/source/lm/12_histories.ipynb #e66509e7

@@ -49,7 +49,7 @@ _FEW_SHOT = {
         "Facts:\nAnna starts a pottery class. [1]\nTom likes hiking. [2]\n"
         "Profile:\n[1] Anna enjoys crafts.\n[2] Tom loves the outdoors.\n\n"
         "Facts:\n{facts}\nProfile:\n")),
-    "retrieval": dict(opening=" <information> [", template=(
+    "retrieval": dict(opening=" <information> [", ending="\n\n", template=(
         "Memory:\nAnna starts a pottery class. [1]\nTom likes hiking. [2]\n"
         "Question: What does Tom like?\n"
         "Answer: <information> [2] Tom likes hiking. </information> "
@@ -62,4 +62,6 @@ _FEW_SHOT = {
 }
 
 # %% ../../nbs/source/lm/09_prompts.ipynb #bf0fba9e
-PROMPTS = {"instruct": _INSTRUCT, "few-shot": _FEW_SHOT} # name -> agent -> its settings
+def _careful(agents): return {name: settings | {"grounded": True} for name, settings in agents.items()}
+
+PROMPTS = {"instruct": _careful(_INSTRUCT), "few-shot": _careful(_FEW_SHOT)} # name -> agent -> its settings

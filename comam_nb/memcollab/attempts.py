@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..base.errors import MemCollabError
+from ..base.fences import unquoted, unmarked
 from ..base.files import Journal, text_hash
 from ..checks.code_answers import check
 from ..checks.sandbox import Execution, Verdict, execute
@@ -141,6 +142,7 @@ def _feedback(
     def shown(text):
         text = re.sub(r'File "[^"\n]*[/\\]([^"/\\\n]+)"', r'File "\1"', text)
         text = _storable(re.sub(r" at 0x[0-9a-f]+>", " at 0x>", text)).strip("\n")
+        text = unmarked(text)
         if len(text) <= limit: return text
         out = f"[{len(text) - limit} characters left out]"
         return f"{text[:limit // 2]}\n{out}\n{text[-limit // 2:]}"
@@ -210,10 +212,10 @@ def _take_turn(
 def _final_text(
     draft:_Draft, # its last message is written
 )->str: # what the checker reads
-    "The part of an attempt that counts as its answer."
+    "The part of an attempt that counts as its answer; no line that it copied counts."
     texts = [m["content"] for m in draft.messages if m["role"] == "assistant"]
     if _wants_code(draft.task): return "\n\n".join(texts)
-    style, last = draft.solver.style, texts[-1]
+    style, last = draft.solver.style, unquoted(texts[-1])
     marks = list(_FINAL.finditer(last)) if style == "agent" else []
     program = style == "code" or (style == "agent" and not marks
                                   and r"\boxed" not in last)

@@ -88,6 +88,9 @@ class ConstraintBank:
     def remove(self, ids:str|Iterable[str], note:str="")->int: # how many were live
         "Take entries out of the newest version; older versions still show them."
         return self.rows.remove(ids, note)
+    def forget(self, kind:str, name:str)->list[str]: # ids of what is gone
+        "Erase, in every version, all that came from a model, task or import."
+        return self.rows.forget(kind, name)
     def revise(self, id:str, new:Constraint, note:str="")->str: # the new id
         "Replace an entry by a better wording; without a source it keeps the old one."
         return self.rows.revise(id, new, note)
@@ -112,6 +115,9 @@ class ConstraintBank:
     def provenance(self, id:str)->dict:
         "Where an entry comes from: its newest source."
         return self.past.provenance(id)
+    def removals(self)->list[tuple[Version,list[str]]]:
+        "What was erased by its source, when and by which rule, without its words."
+        return self.past.removals()
     def export_json(self, path:str|Path, version:int|None=None)->Path:
         "Entries of a version with their provenance, as one JSON object."
         return export_json(self.past, path, version)

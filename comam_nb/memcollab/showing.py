@@ -6,14 +6,11 @@
 __all__ = ['quote', 'side_by_side']
 
 # %% ../../nbs/source/memcollab/10_showing.ipynb #ca9fb600
-import html, re
+import html
 from typing import Any
 
 from ..base.errors import MemCollabError
-
-# %% ../../nbs/source/memcollab/10_showing.ipynb #7c8cf0bc
-_ROLE_MARKS = re.compile(r"<\|(?=\w)|(?<=\w)\|>|\[(?=/?INST\])|<<(?=/?SYS>>)"
-                        r"|<(?=/?(?:s|bos|eos|start_of_turn|end_of_turn|think)>)")
+from ..base.fences import unmarked
 
 # %% ../../nbs/source/memcollab/10_showing.ipynb #52399c94
 def quote(
@@ -24,8 +21,7 @@ def quote(
     if len(text) > limit:
         half, out = limit//2, len(text) - limit
         text = f"{text[:half]}\n[{out} characters left out]\n{text[len(text) - half:]}"
-    text = _ROLE_MARKS.sub(lambda m: m[0][0] + " " + m[0][1:], text)
-    return "\n".join("| " + line for line in text.splitlines()) or "| "
+    return "\n".join("| " + line for line in unmarked(text).splitlines()) or "| "
 
 # %% ../../nbs/source/memcollab/10_showing.ipynb #7d705aaa
 _LEFT = "text-align:left;vertical-align:top;white-space:pre-wrap;padding:4px 8px;"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import MemCollabError
-from ..checks.constraints import Constraint
+from ..checks.constraints import Constraint, known_pairs
 from ..checks.tasks import Task
 from .arms import (Arm, Training, buffer_of_thoughts, cheatsheet,
                                      leave_out, make_training, reseed)
@@ -29,9 +29,10 @@ def check_leakage(
     tasks:Sequence[Task], # for evaluation
     leave_one_out:bool|int=False, # each task is kept from its own memory: no harm done
 )->int: # entries of unknown origin, which cannot be checked
-    "Raises `MemCollabError` if a memory rests on evaluation tasks."
-    def origins(e): # hashes of the tasks behind an entry
-        if isinstance(e, Constraint): return set(e.task_hashes)
+    "Raises `MemCollabError` if a memory rests on evaluation tasks; a claim is no proof."
+    def origins(e): # hashes of the tasks behind an entry, as runs of ours recorded them
+        if isinstance(e, Constraint):
+            return {p["task"] for p in known_pairs(e.source, claims=False)}
         return {e.hash if isinstance(e, Task) else e.task_hash}
     entries = source.entries() if isinstance(source, ConstraintBank) else source
     behind = [origins(e) for e in entries]

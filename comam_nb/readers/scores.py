@@ -13,6 +13,7 @@ from string import ascii_lowercase as _ALPHABET
 from typing import Any
 
 from ..base.errors import RewardError
+from ..base.fences import unmarked
 from ..base.unspaced import UNSPACED
 from ..data import Episode
 
@@ -189,7 +190,8 @@ def _judged(judge:Any, pred:str, gold:str, question:str, kind:str)->float: # 0 o
     what = {"single-session-preference": "Rubric", "abstention": "Explanation"}.get(kind, "Correct answer")
     ask = "Is the response right?"
     if kind == "abstention": ask = "Does the model find that the question cannot be answered?"
-    fields = dict(rule=_RULES.get(kind, _RIGHT), question=question, what=what, answer=gold, reply=pred, ask=ask)
+    fields = dict(rule=_RULES.get(kind, _RIGHT), question=unmarked(question), what=what, answer=unmarked(gold),
+                  reply=unmarked(pred), ask=ask)
     [said] = judge.complete([_ASK.format(**fields)], max_new_tokens=16, temperature=0.0)
     if not said.strip():
         raise RewardError(f"the judge {getattr(judge, 'name', judge)!r} said nothing in 16 tokens: take a model that "

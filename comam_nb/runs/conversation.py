@@ -13,6 +13,7 @@ from typing import Any
 
 from ..agents import Agent
 from ..base.errors import DataError
+from ..base.fences import unmarked
 from ..data import Message, Session
 from ..lm.backbone import Backbone
 from ..lm.chat import LocalChat
@@ -30,7 +31,7 @@ def _messages(
 )->list[dict[str, str]]: # for a chat model
     "The conversation with what is remembered in front."
     told = f"{_SYSTEM}\n\n{quote(chr(10).join(notes))}" if notes else _SYSTEM
-    return [{"role": "system", "content": told}, *({"role": m.role, "content": m.content} for m in said)]
+    return [{"role": "system", "content": told}, *({"role": m.role, "content": unmarked(m.content)} for m in said)]
 
 # %% ../../nbs/source/runs/13_conversation.ipynb #28cd875a
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..agents import Agent
 from ..base.errors import DataError
+from ..base.fences import unmarked
 from ..base.files import write_whole
 from ..base.statistics import bootstrap, comparison_table
 from ..data import Episode, Query
@@ -98,7 +99,7 @@ def _options_only(
     "The options alone, judged by a language model; the mean over all k rotations of the options."
     k, p = len(options), np.zeros(len(options))
     turned = [[(i + shift) % k for i in range(k)] for shift in range(k)] # turned[shift][place] = option
-    listed = ["\n".join(f"({marks[place]}) {options[i]}" for place, i in enumerate(t)) for t in turned]
+    listed = ["\n".join(f"({marks[place]}) {unmarked(options[i])}" for place, i in enumerate(t)) for t in turned]
     prompts = [_OPTIONS_PROMPT.format(options=text) for text in listed]
     for t, row in zip(turned, choice_probs(backbone, prompts, tuple(marks[:k])).numpy()): p[t] += row / k
     return p

@@ -313,7 +313,7 @@ class Version:
     "One change of a bank."
     version:int # counted from 1
     created:str # ISO-8601, UTC
-    what:str    # "add", "remove", "revise", "dedup", "import", "status"
+    what:str    # "add", "remove", "revise", "dedup", "import", "status", "forget"
     note:str    # the caller's words
     entries:int # how many entries the bank had then
     def to_json(self)->dict:
@@ -331,9 +331,42 @@ def _known_version(file:BankFile, db:Connection, version:int|None)->int:
         raise MemCollabError(f"{file.path} has no version {version!r}: it has 0 to {last}")
     return version
 
+# %% ../../nbs/source/store/03_bank_file.ipynb #5e0d71c1
+_KINDS_OF_SOURCE = "model", "task", "import"
+_ERASED = "erased" # the status of a row without words
+def _named_in(source:object, kind:str)->set[str]: # names of one kind
+    "What a provenance names, with that of entries that were merged into it, and its claims."
+    if not isinstance(source, dict): return set()
+    also = source.get("also")
+    inner = [source.get("claimed"), *(also if isinstance(also, list) else ())]
+    keys = {"model": ("right_model", "wrong_model"), "task": ("task",), "import": ()}[kind]
+    own = {"model": ("distiller",), "task": (), "import": ("origin", "file")}[kind]
+    found = [source.get(k) for k in own] + [p.get(k) for p in known_pairs(source, claims=False) for k in keys]
+    return {x for x in found if isinstance(x, str)}.union(*(_named_in(s, kind) for s in inner))
+def _from_source(db:Connection, kind:str, name:str)->list[str]: # ids, in the order of insertion
+    "The entries, of all versions, that rest on a source, and those that were reworded from them."
+    sql = "SELECT id, source, models FROM entries WHERE status<>? ORDER BY seq"
+    rows, gone, parents = db.execute(sql, (_ERASED,)).fetchall(), dict[str, None](), []
+    for id, source, models in rows:
+        try: source, models = json.loads(source), json.loads(models)
+        except ValueError as e: raise _damaged(id, e) from None
+        parents.append((id, source.get("revised_from") if isinstance(source, dict) else None))
+        if name in _named_in(source, kind) or (kind == "model" and name in models): gone[id] = None
+    while more := {id: None for id, parent in parents if parent in gone and id not in gone}: gone |= more
+    return list(gone)
+def _erase(db:Connection, ids:Sequence[str], version:int)->None:
+    "Take the words of entries out of every version, and all that was computed from them."
+    for id in ids:
+        kinds = db.execute("SELECT DISTINCT category, subcategory FROM entries WHERE id=?", (id,)).fetchall()
+        for kind in kinds: db.execute("DELETE FROM buckets WHERE category=? AND subcategory=?", kind)
+        db.execute("DELETE FROM vectors WHERE seq IN (SELECT seq FROM entries WHERE id=?)", (id,))
+        _close(db, id, version)
+        db.execute("UPDATE entries SET situation='', enforce='', avoid='', models='[]', source=?, support=1, "
+                   "status=? WHERE id=? AND status<>?", (json.dumps({_ERASED: version}), _ERASED, id, _ERASED))
+
 # %% ../../nbs/source/store/03_bank_file.ipynb #47d9b69f
 class BankRows:
-    "Writing to a bank file: add, take over, remove, revise, set a status, dedup."
+    "Writing to a bank file: add, take over, remove, forget, revise, set a status, dedup."
     def __init__(self,
         file:BankFile,
     ): self.file = file
@@ -363,6 +396,19 @@ class BankRows:
             for i in found: _close(db, i, version)
             _repack(db, set(found.values()))
         return len(found)
+    def forget(self,
+        kind:str, # of the source: "model", "task" (its hash) or "import" (its origin, or its file's hash)
+        name:str, # of the source
+    )->list[str]: # ids of what is gone
+        "Erase all that came from a source, in every version; raises `MemCollabError` if nothing did."
+        if kind not in _KINDS_OF_SOURCE:
+            raise MemCollabError(f"a source is one of {', '.join(_KINDS_OF_SOURCE)}, not {kind!r}")
+        with self.file.transaction(write=True) as db:
+            if not (ids := _from_source(db, kind, name)):
+                raise MemCollabError(f"{self.file.path}: nothing came from the {kind} {name!r}: nothing was removed")
+            _erase(db, ids, _new_version(db, "forget", f"{kind} {name}"))
+        with self.file.session() as db: db.wipe()
+        return ids
     def revise(self, id:str, new:Constraint, note:str="")->str: # the new id
         "Replace an entry by a better wording; raises `MemCollabError` for an unknown id or a refused text."
         if reason := validate(new): raise MemCollabError(f"refused {str(new)[:80]!r}: {reason}")
@@ -398,7 +444,7 @@ class BankRows:
         with self.file.transaction(write=True) as db: return _merge_near(db, threshold, note)
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #de70917a
-_AT = "added<=:v AND (removed IS NULL OR removed>:v)" # the rows of version v
+_AT = f"added<=:v AND (removed IS NULL OR removed>:v) AND status<>'{_ERASED}'" # the rows of version v
 class BankHistory:
     "Reading a bank file: entries of any version, and what happened to them."
     def __init__(self,
@@ -435,8 +481,16 @@ class BankHistory:
     )->list[tuple[int,int|None,Constraint]]: # (added in version, removed in version or None, entry), oldest first
         "All states of one entry."
         with self.file.session() as db:
-            rows = db.execute(f"SELECT added, removed, {_ENTRY} FROM entries WHERE id=? ORDER BY seq", (id,)).fetchall()
+            rows = db.execute(f"SELECT added, removed, {_ENTRY} FROM entries WHERE id=? AND status<>? ORDER BY seq",
+                              (id, _ERASED)).fetchall()
         return [(added, removed, _row_to_constraint(row)) for added, removed, *row in rows]
+    def removals(self)->list[tuple[Version,list[str]]]: # when and by which rule; ids of what is gone
+        "What was erased by its source, oldest first; the words are nowhere."
+        sql = "SELECT DISTINCT source, id FROM entries WHERE status=? ORDER BY id"
+        with self.file.session() as db: rows = db.execute(sql, (_ERASED,)).fetchall()
+        ids: dict[int,list[str]] = {}
+        for source, id in rows: ids.setdefault(json.loads(source)[_ERASED], []).append(id)
+        return [(v, ids.get(v.version, [])) for v in self.versions() if v.what == "forget"]
     def provenance(self,
         id:str, # which entry, also one that was removed
     )->dict: # its newest source: pairs (task, trajectories, models, verdicts), prompt, distiller

@@ -62,7 +62,7 @@ class MemoryItem:
     granularity:str="fine"  # "fine" (a fact, an event) or "coarse" (a preference, a profile)
     cites:Sequence[int]=()  # turns that it came from, from 1; any iterable of ints is accepted, a tuple kept
     created:str=""          # when it was stored, ISO-8601 in UTC; empty: the store stamps it
-    by:str=""               # the agent that wrote it
+    by:str=""               # the agent that wrote it, and behind it "; model …", "; import …"
     def __post_init__(self):
         where = f"memory item {self.id!r}"
         for name in _TEXT_FIELDS: _check_text(name, getattr(self, name), where)
@@ -257,6 +257,37 @@ def _read_sessions(
     sql = "SELECT mark, first, turns FROM sessions WHERE user=? ORDER BY first"
     with file.session() as db: return {mark: (first, n) for mark, first, n in db.execute(sql, (user,))}
 
+# %% ../../nbs/source/store/01_items.ipynb #8e2b6f11
+_REMOVALS = """CREATE TABLE IF NOT EXISTS removals(n INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT NOT NULL,
+  removed TEXT NOT NULL, rule TEXT NOT NULL, ids TEXT NOT NULL)""" # made when the first item goes by its source
+_KINDS_OF_SOURCE = "session", "model", "import"
+def _record_removal(db:Connection, user:str, rule:str, ids:list[str])->None:
+    "Inside the transaction that deletes them."
+    db.execute(_REMOVALS)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    db.execute("INSERT INTO removals(user, removed, rule, ids) VALUES(?,?,?,?)", (user, now, rule, json.dumps(ids)))
+def _turns_of(name:str, sessions:Iterable[tuple[int,int]])->range: # first turn, number of turns
+    "The turns of the session that holds a turn; raises `StoreError` if none does."
+    held = [range(first, first + n) for first, n in sessions]
+    found = [turns for turns in held if name.isdecimal() and len(name) < 19 and int(name) in turns]
+    if not found: raise StoreError(f"no session that was read holds the turn {name!r}: give the number of a turn")
+    return found[0]
+def _came_from(
+    items:Sequence[MemoryItem], # of one user
+    sessions:Iterable[tuple[int,int]], # first turn, number of turns
+    kind:str, # one of `_KINDS_OF_SOURCE`
+    name:str, # a turn of the session, the model, or the file
+)->list[str]: # ids
+    "Items that came from a source, and with a fact the profile."
+    if kind not in _KINDS_OF_SOURCE: raise StoreError(f"a source is one of {', '.join(_KINDS_OF_SOURCE)}, not {kind!r}")
+    if kind == "session":
+        turns = _turns_of(name, sessions)
+        gone = {i.id for i in items if any(c in turns for c in i.cites)}
+    else: gone = {i.id for i in items if f"{kind} {name}" in i.by.split("; ")[1:]}
+    if any(i.id in gone for i in items if i.granularity == "fine"):
+        gone |= {i.id for i in items if i.granularity == "coarse"}
+    return [i.id for i in items if i.id in gone]
+
 # %% ../../nbs/source/store/01_items.ipynb #73b2bfee
 def _insert_item(
     db:Connection,         # inside a write transaction
@@ -290,7 +321,7 @@ def _add_items(
             db.executemany("INSERT INTO sessions VALUES(?,?,?,?) ON CONFLICT(user, mark) DO UPDATE "
                            "SET first=excluded.first, turns=excluded.turns", read)
             return [_insert_item(db, i, v, now) for i, v in zip(items, vectors)]
-def _delete_items(file:Database, user:str, ids:list[str]|None)->int: # how many there were
+def _delete_items(file:Database, user:str, ids:list[str]|None, rule:str="")->int: # how many there were
     "Delete items of a user (None: all), and what a file still holds of their bytes."
     with file.lock:
         with file.transaction(True, [user]) as db:
@@ -298,6 +329,7 @@ def _delete_items(file:Database, user:str, ids:list[str]|None)->int: # how many 
                 n = db.execute("DELETE FROM items WHERE user=?", (user,)).rowcount
                 db.execute("DELETE FROM sessions WHERE user=?", (user,))
             else: n = sum(db.execute("DELETE FROM items WHERE user=? AND id=?", (user, id)).rowcount for id in ids)
+            if rule: _record_removal(db, user, rule, ids or [])
         with file.session() as db:
             try: db.wipe()
             except db.Error as e:
@@ -481,6 +513,23 @@ class MemoryStore:
         gone = ids | coarse if ids - coarse else ids
         self.forget(user, sorted(gone))
         return len(ids), len(gone - ids)
+    def forget_from(self, user:str, kind:str, name:str)->list[str]: # ids of what is gone
+        """Forget what came from a "session" (one of its turns), "model" or "import", and the profile made from it;
+        raises `StoreError` if nothing did."""
+        for text in (user, kind, name): _check_text("source", text, "forget_from")
+        with self.file.lock:
+            places = self.sessions(user).values()
+            if not (ids := _came_from(self.items(user), places, kind, name)):
+                raise StoreError(f"nothing about {user!r} came from the {kind} {name!r}: nothing was forgotten")
+            self._indexes.drop(*((user, g) for g in _GRANULARITIES))
+            _delete_items(self.file, user, ids, f"{kind} {name}")
+        return ids
+    def removals(self)->list[tuple[str,str,str,list[str]]]: # user, when, rule, ids; oldest first
+        "What was forgotten by its source; the words are nowhere."
+        sql = "SELECT user, removed, rule, ids FROM removals ORDER BY n"
+        with self.file.session() as db:
+            rows = db.execute(sql).fetchall() if db.columns("removals") else []
+        return [(user, when, rule, json.loads(ids)) for user, when, rule, ids in rows]
     def search(self, query:str, user:str, k:int=5, granularity:str|None=None)->list[_Hit]: # up to k, best first
         "The user's k most similar items, exactly as brute force finds them; raises `StoreError` for k < 1."
         for name, text in (("query", query), ("user", user)): _check_text(name, text, "search")
