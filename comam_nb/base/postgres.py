@@ -93,7 +93,11 @@ class _Server:
     def pack(self, vector:np.ndarray)->Any:
         from pgvector import Vector
         return Vector(vector)
-    def wipe(self)->None: "VACUUM is the owner's, and the server does it by itself when it is due."
+    leaves = ("the server keeps the bytes of deleted rows until its next VACUUM, which it does by itself when it is due; "
+              "VACUUM FULL removes them now")
+    def owe(self)->None: "VACUUM is the owner's."
+    def owes(self)->bool: return False
+    def wipe(self, seconds:float, rewrite:bool|None=None)->str: return self.leaves
     def says(self, e:Exception)->str:
         said = str(e).strip().partition("\n")[0]
         if self.raw.closed:

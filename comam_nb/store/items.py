@@ -6,7 +6,7 @@
 __all__ = ['MemoryItem', 'FlatIndex', 'MemoryStore']
 
 # %% ../../nbs/source/store/01_items.ipynb #12c6af86
-import html, itertools, json, math, re
+import html, itertools, json, math, re, warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -290,20 +290,15 @@ def _add_items(
             db.executemany("INSERT INTO sessions VALUES(?,?,?,?) ON CONFLICT(user, mark) DO UPDATE "
                            "SET first=excluded.first, turns=excluded.turns", read)
             return [_insert_item(db, i, v, now) for i, v in zip(items, vectors)]
-def _delete_items(file:Database, user:str, ids:list[str]|None)->int: # how many there were
-    "Delete items of a user (None: all), and what a file still holds of their bytes."
+def _delete_items(file:Database, user:str, ids:list[str]|None, rewrite:bool|None)->tuple[int,str]:
+    "Delete items of a user (None: all), and their bytes: how many there were, what remains of the bytes."
     with file.lock:
-        with file.transaction(True, [user]) as db:
+        with file.transaction(True, [user], deletes=True) as db:
             if ids is None:
                 n = db.execute("DELETE FROM items WHERE user=?", (user,)).rowcount
                 db.execute("DELETE FROM sessions WHERE user=?", (user,))
             else: n = sum(db.execute("DELETE FROM items WHERE user=? AND id=?", (user, id)).rowcount for id in ids)
-        with file.session() as db:
-            try: db.wipe()
-            except db.Error as e:
-                raise StoreError(f"{file.path}: {n} items are deleted, but the log could not be emptied ({e}): "
-                                 "forget again") from e
-    return n
+        return n, file.wipe(rewrite=rewrite)
 def _wanted(
     granularity:str|None, # "fine", "coarse", or None for both
 )->tuple[str,...]: # the ones meant
@@ -431,6 +426,7 @@ class MemoryStore:
         remote = is_address(path)
         if hnsw is not None and (isinstance(hnsw, bool) or not remote or hnsw not in range(1, 1001)):
             raise StoreError(f"hnsw is {hnsw!r}: give 1 to 1000, with an address that begins with postgresql://")
+        self.remains = "" # what the last `forget` left of the bytes, and when they go; "": nothing
         self.file = _StoreFile(path, HashingEmbedder() if embedder is None else embedder, reindex, create)
         try: self._indexes = _ServerIndexes(self.file, hnsw) if remote else _UserIndexes()
         except BaseException: self.close(); raise
@@ -465,13 +461,17 @@ class MemoryStore:
         with self.file.session() as db: return [u for u, in db.execute(sql)]
     def __len__(self)->int:
         with self.file.session() as db: return db.execute("SELECT count(*) FROM items").fetchone()[0]
-    def forget(self, user:str, ids:str|Iterable[str]|None=None)->int: # how many were deleted
-        "Delete items of a user (None: all) for good, in the file too; ids that the user does not have are not counted."
+    def forget(self, user:str, ids:str|Iterable[str]|None=None, rewrite:bool|None=None)->int: # how many were deleted
+        """Delete items of a user (None: all) for good, in the file too; ids that the user does not have do not count.
+        Waits up to 5 s for readers; if bytes remain, that is a warning, which stands in `remains`, too. `rewrite` says
+        whether the whole file is written anew, which rids its unused parts of traces; None: if it has at most 64 MB."""
         ids = [ids] if isinstance(ids, str) else ids if ids is None else list(ids)
         for text in (user, *(ids or ())): _check_text("user or id", text, "forget")
         with self.file.lock:
             self._indexes.drop(*((user, g) for g in _GRANULARITIES))
-            return _delete_items(self.file, user, ids)
+            n, self.remains = _delete_items(self.file, user, ids, rewrite)
+        if self.remains: warnings.warn(f"{self.path}: {n} items are deleted, but {self.remains}", RuntimeWarning, 2)
+        return n
     def retract(self, user:str, ids:Iterable[str])->tuple[int,int]: # of these items, and of the profile beside them
         "Forget these items and, with a fact, the profile made from it; raises `StoreError` for an unknown id."
         kinds, ids = {i.id: i.granularity for i in self.items(user)}, set(ids)
