@@ -64,14 +64,13 @@ class Database:
     def transaction(self,
         write:bool=False, # take the right to write at once
         whose:Collection[str]|None=None, # users whose rows will change, so that others need not wait; None: anybody's
-        deletes:bool=False, # rows whose bytes are to go, too: by `wipe`, or, after a crash, when it is opened again
+        deletes:bool=False, # rows whose bytes are to go, too: what is done calls `owe`, and `wipe` comes next
     )->Iterator[Connection]:
         "One view of all that is there, and, with `write`, all changes or none."
         with self.session() as db:
             try:
                 db.begin(write, whose)
                 yield db
-                if deletes: db.owe()
                 db.execute("COMMIT")
             finally:
                 if self.connection and db.in_transaction: db.execute("ROLLBACK")

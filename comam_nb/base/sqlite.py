@@ -66,7 +66,6 @@ class Connection(Protocol):
         "The highest row number that a table has ever given."
     def pack(self, vector:np.ndarray)->Any:
         "A vector as a parameter."
-    leaves: str # "" if `wipe` removes what deleted rows leave; else who does, for people
     def owe(self)->None:
         "Inside a write transaction that deletes: note that the bytes are to go, too. The note survives a crash."
     def owes(self)->bool:
@@ -86,7 +85,6 @@ def _pause(longest:float=.01)->None: time.sleep(_rng.uniform(.001, longest))
 
 class _Connection(sqlite3.Connection):
     "An SQLite file that answers."
-    leaves = ""
     def turn(self, sql:str, seconds:float=_PATIENCE)->None:
         "Do what only one may do at a time; as often as others are busy, ask again after a random pause."
         end = time.monotonic() + seconds
@@ -137,8 +135,8 @@ class _Connection(sqlite3.Connection):
             return held
         finally: self.execute("PRAGMA temp_store=DEFAULT")
         if rewrite: return ""
-        return (f"the file is large ({pages * size / 2**20:.0f} MB) and was not written anew: unused parts of it may "
-                "hold pieces of what was deleted; forget with rewrite=True writes it anew")
+        return (f"the file ({pages * size / 2**20:.0f} MB) was not written anew: unused parts of it may hold pieces of what was "
+                "deleted; forget with rewrite=True writes it anew")
     def says(self, e:Exception)->str:
         return (f"SQLite says {str(e)!r}; this call changed nothing: "
                 "check the disk, the permissions and other processes that use the file")

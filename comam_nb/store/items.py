@@ -298,6 +298,7 @@ def _delete_items(file:Database, user:str, ids:list[str]|None, rewrite:bool|None
                 n = db.execute("DELETE FROM items WHERE user=?", (user,)).rowcount
                 db.execute("DELETE FROM sessions WHERE user=?", (user,))
             else: n = sum(db.execute("DELETE FROM items WHERE user=? AND id=?", (user, id)).rowcount for id in ids)
+            if n or rewrite or ids is None: db.owe()
         return n, file.wipe(rewrite=rewrite)
 def _wanted(
     granularity:str|None, # "fine", "coarse", or None for both
