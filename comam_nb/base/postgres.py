@@ -93,8 +93,8 @@ class _Server:
     def pack(self, vector:np.ndarray)->Any:
         from pgvector import Vector
         return Vector(vector)
-    leaves = ("the server keeps the bytes of deleted rows until its next VACUUM, which it does by itself when it is due; "
-              "VACUUM FULL removes them now")
+    leaves = ("the server keeps the bytes of deleted rows until its next VACUUM, which it does by itself when it is "
+              "due; VACUUM FULL removes them now")
     def owe(self)->None: self.deleted = True
     def owes(self)->bool: return False # nothing that `wipe` could do: VACUUM is the owner's
     def wipe(self, seconds:float, rewrite:bool|None=None)->str:
