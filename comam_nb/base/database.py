@@ -6,7 +6,7 @@
 __all__ = ['Database']
 
 # %% ../../nbs/source/base/05_database.ipynb #841686ab
-import threading
+import os, threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +15,8 @@ from .postgres import hide_login, is_address, open_postgres
 from .sqlite import Connection, FileKind, open_sqlite
 
 # %% ../../nbs/source/base/05_database.ipynb #9093c64c
+_OTHERS: list[object] = [] # connections of the process that this one was forked from: never closed here
+
 class Database:
     "An open database of one kind: transactions under one lock; threads may share it, processes what it opens."
     def __init__(self,
@@ -22,15 +24,27 @@ class Database:
         kind:FileKind,    # its tables, and how to speak of it
         create:bool=True, # False: what is missing is an error
     ):
-        self.path, self.kind, self.lock, remote = hide_login(str(path)), kind, threading.RLock(), is_address(path)
+        self.path, self.kind, remote = hide_login(str(path)), kind, is_address(path)
+        self._lock, self._process = threading.RLock(), os.getpid()
         if not create and not remote and str(path) != ":memory:" and not Path(path).is_file():
             raise kind.error(f"{path}: {kind.missing}")
         opened = open_postgres(str(path), kind, create) if remote else open_sqlite(path, kind)
         self.connection: Connection|None = opened
+        self._settle() # what was owed when a process was killed
+    @property
+    def lock(self)->threading.RLock:
+        "For one thread; raises the kind's error in a process that was forked from the one that opened this."
+        if os.getpid() == self._process: return self._lock
+        raise self.kind.error(f"{self.path}: process {self._process} has opened this {self.kind.noun}, and this is a "
+                              f"fork of it: open it here, too, with {self.kind.opener}(path)")
     @property
     def closed(self)->bool: return self.connection is None
     def close(self)->None:
-        "Close it; closing twice is fine."
+        "Close it; closing twice is fine. A fork only lets go of it: the connection is its parent's."
+        if os.getpid() != self._process:
+            _OTHERS.append(self.connection)
+            self.connection = None
+            return
         with self.lock:
             if self.connection: self.connection.close()
             self.connection = None
@@ -50,6 +64,7 @@ class Database:
     def transaction(self,
         write:bool=False, # take the right to write at once
         whose:Collection[str]|None=None, # users whose rows will change, so that others need not wait; None: anybody's
+        deletes:bool=False, # rows whose bytes are to go, too: what is done calls `owe`, and `wipe` comes next
     )->Iterator[Connection]:
         "One view of all that is there, and, with `write`, all changes or none."
         with self.session() as db:
@@ -59,3 +74,20 @@ class Database:
                 db.execute("COMMIT")
             finally:
                 if self.connection and db.in_transaction: db.execute("ROLLBACK")
+        if write and not deletes: self._settle()
+    def wipe(self,
+        seconds:float=5,         # how long to wait for readers
+        rewrite:bool|None=None,  # write the whole file anew; None: if it has at most 64 MB
+    )->str: # what remains and when it goes, for people; "": nothing
+        "Remove what deleted rows have left. Raises the kind's error, as where the disk is full."
+        with self.session() as db:
+            try: return db.wipe(seconds, rewrite)
+            except db.Error as e:
+                raise self.kind.error(f"{self.path}: it is deleted, but its bytes could not be removed ({e}): make "
+                                      "room, and open the file again, which removes them") from e
+    def _settle(self)->None:
+        "Wipe if it is owed and nobody is in the way."
+        with self.session() as db:
+            try:
+                if db.owes(): db.wipe(0)
+            except db.Error: pass # the note stays

@@ -7,7 +7,7 @@ __all__ = ['text_hash', 'write_whole', 'write_json', 'last_checkpoint', 'read_li
            'log_path']
 
 # %% ../../nbs/source/base/02_files.ipynb #5438008c
-import hashlib, json, os, re, warnings, zipfile
+import hashlib, json, os, re, shutil, warnings, zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -96,6 +96,25 @@ def last_checkpoint(
         if not why: return p
         say(f"{p} is not whole ({why}): it is passed over")
     return None
+
+# %% ../../nbs/source/base/02_files.ipynb #7a1e0022
+def _force(path:Path)->None:
+    "Wait until a file, or the names in a directory, are on the disk."
+    if os.name == "nt" and path.is_dir(): return # it cannot be opened there
+    fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
+def put_in_place(
+    part:Path, # a finished directory
+    path:Path, # what it is to be called, on the same disk
+)->None:
+    "Give a directory its name once all of it is on the disk."
+    for p in (*part.rglob("*"), part): _force(p)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(part, path)
+    _force(path.parent)
+
 
 # %% ../../nbs/source/base/02_files.ipynb #fd19471b
 _Record = TypeVar("_Record")

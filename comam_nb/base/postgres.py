@@ -58,7 +58,7 @@ class _Server:
     def __init__(self, open_it:Any, kind:FileKind):
         import psycopg
         self.Error, self.Lost = psycopg.Error, psycopg.OperationalError
-        self.connect, self.kind, self.schema, self.unsure = open_it, kind, _schema(kind), False
+        self.connect, self.kind, self.schema, self.unsure, self.deleted = open_it, kind, _schema(kind), False, False
         self.raw = open_it()
     @property
     def in_transaction(self)->bool:
@@ -93,7 +93,13 @@ class _Server:
     def pack(self, vector:np.ndarray)->Any:
         from pgvector import Vector
         return Vector(vector)
-    def wipe(self)->None: "VACUUM is the owner's, and the server does it by itself when it is due."
+    leaves = ("the server keeps the bytes of deleted rows until its next VACUUM, which it does by itself when it is "
+              "due; VACUUM FULL removes them now")
+    def owe(self)->None: self.deleted = True
+    def owes(self)->bool: return False # nothing that `wipe` could do: VACUUM is the owner's
+    def wipe(self, seconds:float, rewrite:bool|None=None)->str:
+        deleted, self.deleted = self.deleted, False
+        return self.leaves if deleted else ""
     def says(self, e:Exception)->str:
         said = str(e).strip().partition("\n")[0]
         if self.raw.closed:

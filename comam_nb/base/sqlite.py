@@ -6,7 +6,7 @@
 __all__ = ['FileKind', 'Connection']
 
 # %% ../../nbs/source/base/03_sqlite.ipynb #f37589b2
-import sqlite3, time
+import random, sqlite3, time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,29 +66,85 @@ class Connection(Protocol):
         "The highest row number that a table has ever given."
     def pack(self, vector:np.ndarray)->Any:
         "A vector as a parameter."
-    def wipe(self)->None:
-        "Outside of a transaction: get rid of what deleted rows have left, as far as this database can."
+    def owe(self)->None:
+        "Inside a write transaction that deletes: note that the bytes are to go, too. The note survives a crash."
+    def owes(self)->bool:
+        "Whether such a note is there."
+    def wipe(self, seconds:float, rewrite:bool|None=None)->str:
+        "Outside of a transaction: remove what deleted rows have left. What remains, for people; \"\": nothing."
     def says(self, e:Exception)->str:
         "An error for people: what the database said, what has become of the call, what to do."
 
+
+# %% ../../nbs/source/base/03_sqlite.ipynb #7a1e0002
+_PATIENCE = 30 # seconds that a writer waits for others
+_SMALL = 64 * 2**20 # bytes of a file that is written anew without being asked
+_rng = random.Random() # its own, so that nobody's seed decides who waits, or is changed by it
+
+def _pause(longest:float=.01)->None: time.sleep(_rng.uniform(.001, longest))
+
 class _Connection(sqlite3.Connection):
     "An SQLite file that answers."
+    def turn(self, sql:str, seconds:float=_PATIENCE)->None:
+        "Do what only one may do at a time; as often as others are busy, ask again after a random pause."
+        end = time.monotonic() + seconds
+        self.execute("PRAGMA busy_timeout=0")
+        try:
+            while True:
+                try: self.execute(sql); return
+                except sqlite3.OperationalError as e:
+                    if e.sqlite_errorcode & 0xff != sqlite3.SQLITE_BUSY or time.monotonic() > end: raise
+                _pause()
+        finally: self.execute(f"PRAGMA busy_timeout={_PATIENCE * 1000}")
     def begin(self, write:bool, whose:Collection[str]|None=None)->None:
-        self.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+        if write: self.turn("BEGIN IMMEDIATE")
+        else: self.execute("BEGIN")
     def columns(self, table:str)->list[str]:
         return [c for c, in self.execute("SELECT name FROM pragma_table_info(?)", (table,))]
     def last_number(self, table:str)->int:
         row = self.execute("SELECT seq FROM sqlite_sequence WHERE name=?", (table,)).fetchone()
         return row[0] if row else 0
     def pack(self, vector:np.ndarray)->bytes: return vector.astype("<f4").tobytes()
-    def wipe(self)->None: self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    def owe(self)->None: self.execute("CREATE TABLE IF NOT EXISTS owed(bytes)")
+    def owes(self)->bool:
+        return self.execute("SELECT 1 FROM sqlite_master WHERE name='owed'").fetchone() is not None
+    def empty_log(self, end:float)->bool:
+        "Move all of the log to the main file; False if somebody still needs it at a time of `time.monotonic`."
+        self.execute("PRAGMA busy_timeout=0") # a checkpoint that waits keeps all writers waiting
+        try:
+            while self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                if time.monotonic() > end: return False
+                _pause()
+            return True
+        finally: self.execute(f"PRAGMA busy_timeout={_PATIENCE * 1000}")
+    def wipe(self, seconds:float, rewrite:bool|None=None)->str:
+        if not self.owes(): return ""
+        end, held = time.monotonic() + seconds, ("the bytes of what was deleted stay in the log (-wal) while somebody "
+            "reads an older state; they go when the file is opened or written to after that")
+        [pages], [size] = (self.execute(f"PRAGMA {p}").fetchone() for p in ("page_count", "page_size"))
+        if rewrite is None: rewrite = pages * size <= _SMALL
+        try:
+            if not seconds and not self.empty_log(end): return held # a new file would only make the log longer
+            if rewrite:
+                if pages * size <= _SMALL: self.execute("PRAGMA temp_store=MEMORY") # no copy elsewhere
+                self.turn("VACUUM", max(0, end - time.monotonic()))
+            if not self.empty_log(end): return held
+            self.turn("DROP TABLE IF EXISTS owed")
+        except sqlite3.OperationalError as e:
+            if e.sqlite_errorcode & 0xff != sqlite3.SQLITE_BUSY: raise
+            return held
+        finally: self.execute("PRAGMA temp_store=DEFAULT")
+        if rewrite: return ""
+        return (f"the file ({pages * size / 2**20:.0f} MB) was not written anew: unused parts of it may hold pieces of what was "
+                "deleted; forget with rewrite=True writes it anew")
     def says(self, e:Exception)->str:
         return (f"SQLite says {str(e)!r}; this call changed nothing: "
                 "check the disk, the permissions and other processes that use the file")
 
+
 # %% ../../nbs/source/base/03_sqlite.ipynb #b1b89699
 def _prepare(
-    db:sqlite3.Connection, # an open connection
+    db:_Connection, # open
     kind:FileKind,
 )->None:
     "Create the tables in an empty file, or check that the file is of this kind and version; raises `StoreError`."
@@ -106,7 +162,7 @@ def _prepare(
         db.execute(f"PRAGMA {pragma}")
     if mark == kind.application_id: return
     marks = f"PRAGMA application_id={kind.application_id}", f"PRAGMA user_version={kind.version}"
-    db.execute("BEGIN IMMEDIATE")
+    db.begin(write=True)
     if db.execute("PRAGMA application_id").fetchone()[0] != kind.application_id: # still: others may have been faster
         for statement in (*kind.schema, *marks): db.execute(statement)
     db.execute("COMMIT")
@@ -123,9 +179,9 @@ def open_sqlite(
             raise kind.error(f"{path} is a directory: give the path of a file in it, such as {path/kind.example}")
         if not path.parent.is_dir():
             raise kind.error(f"{path}: the directory {path.parent} does not exist: create it first")
-    db = None
+    db: _Connection|None = None
     try:
-        db = sqlite3.connect(str(path), timeout=30, isolation_level=None, check_same_thread=False,
+        db = sqlite3.connect(str(path), timeout=_PATIENCE, isolation_level=None, check_same_thread=False,
                              factory=_Connection)
         _prepare(db, kind)
         return db

@@ -55,10 +55,11 @@ def _memory_tools(store:"MemoryStore")->list[Callable[..., dict[str, Any]]]: # e
              "stored": i.created, "score": round(score, 3)} for score, i in items]}
 
     def forget(user:User, ids:Ids)->dict[str, Any]:
-        "Delete items for good; with a fact goes the profile that was made from it. All of these ids, or none."
+        "Delete items for good; with a fact goes the profile that was made from it. All of these ids, or none. `remains` says what is left."
         known(user)
         forgotten, profile = store.retract(user, ids)
-        return {"forgotten": forgotten, "and_of_the_profile": profile}
+        remains = {"remains": store.remains} if store.remains else {}
+        return {"forgotten": forgotten, "and_of_the_profile": profile, **remains}
 
     return [remember, recall, forget]
 

@@ -6,20 +6,21 @@
 __all__ = ['LostProcess', 'running', 'check_run', 'settle', 'whole_weights']
 
 # %% ../../nbs/source/rl/04_launch.ipynb #053c9211
-import os, re, signal
+import os, re, shutil, signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from ..base.errors import BackboneError, CreditError
-from ..base.files import last_checkpoint
+from ..base.files import last_checkpoint, put_in_place
 from ..lm.backbone import Backbone
 from ..lm.cpu_kernels import keep_freed_memory
 from ..lm.engines import make_engine
@@ -57,11 +58,34 @@ def _unwrap(model: torch.nn.Module) -> None:
     if "_original_forward" in model.__dict__: model.forward = model.__dict__.pop("_original_forward")
 
 # %% ../../nbs/source/rl/04_launch.ipynb #5ad8840a
-class TeamTrainer(GRPOTrainer):
+class WholeCheckpoints:
+    "Before a trainer of transformers in a class's bases: its checkpoints are whole or absent."
+    _aside: Path|None = None # where one is being written
+    def _get_output_dir(self, trial): return str(self._aside) if self._aside else super()._get_output_dir(trial)
+    def _save_checkpoint(self, model, trial):
+        folder, ours, state = Path(self._get_output_dir(trial)), self.args.should_save, self.state
+        aside, name = folder / "unfinished", f"checkpoint-{state.global_step}"
+        if ours: shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._aside = aside
+        try: super()._save_checkpoint(model, trial)
+        finally: self._aside = None
+        self.accelerator.wait_for_everyone()
+        best = state.best_model_checkpoint
+        if best and Path(best).parent == aside: state.best_model_checkpoint = str(folder / Path(best).name)
+        if ours:
+            state.save_to_json(str(aside / name / "trainer_state.json")) # which names the best one
+            put_in_place(aside / name, folder / name)
+            shutil.rmtree(aside, ignore_errors=True)
+            rotate_checkpoints(str(folder), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+class TeamTrainer(WholeCheckpoints, GRPOTrainer):
     """TRL's trainer for a run of several processes whose checkpoints hold a team and a sampler; who inherits brings
     `self.team` and `self.joint`. Raises `CreditError` where a run under FSDP is to be resumed."""
     def train(self, *args, **kwargs)->TrainOutput:
         "As TRL's `train`. Raises `LostProcess` where another process has ended."
+        if self.args.should_save: shutil.rmtree(Path(self.args.output_dir) / "unfinished", ignore_errors=True)
         with running(self), closing(self.joint):
             return super().train(*args, **kwargs)
 
@@ -85,11 +109,6 @@ class TeamTrainer(GRPOTrainer):
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
         if self.joint.sampler and self.args.should_save: self.joint.sampler.save(output_dir)
-        self.accelerator.wait_for_everyone() # `trainer_state.json` comes next
-
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
 
 # %% ../../nbs/source/rl/04_launch.ipynb #efc288a4
 def check_run(

@@ -22,7 +22,7 @@ from ..base.errors import BackboneError, DataError
 from ..base.files import append_line, last_checkpoint, read_lines, write_json, write_whole
 from ..lm.backbone import Backbone, prompt_ids
 from ..lm.cpu_kernels import keep_freed_memory
-from ..rl.launch import running
+from ..rl.launch import WholeCheckpoints, running
 from ..rl.team import Team
 from .demonstrations import Demonstration
 from .folder import on_signals
@@ -65,7 +65,7 @@ def _nats(model:torch.nn.Module, batch:dict[str, torch.Tensor])->torch.Tensor: #
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, -last:].flatten(), reduction="sum")
 
 # %% ../../nbs/source/runs/10_supervised.ipynb #401915f7
-class _Pupil(SFTTrainer):
+class _Pupil(WholeCheckpoints, SFTTrainer):
     "TRL's supervised trainer of one policy, which its team saves and loads."
     def __init__(self, team:Team, names:tuple[str, ...], **kwargs):
         self.team, self.names = team, names

@@ -18,6 +18,7 @@ from ..data import Episode
 from ..rewards import Rewards
 from ..rl.evaluation import evaluate
 from ..rl.launch import whole_weights
+from ..rl.sampler import PrioritySampler
 from ..rl.settings import CoMAMConfig
 from ..rl.team import Team
 from .folder import Run, on_signals
@@ -77,10 +78,11 @@ def train_run(
     config:CoMAMConfig, # its output directory is the run's `checkpoints`
     resume:bool=False, # go on from the newest whole checkpoint, or from the beginning if there is none
     eval_batch:int=256, # episodes evaluated at once
+    sampler:PrioritySampler|None=None, # which episodes to roll out; None goes round
 )->tuple[dict, dict]: # scores before and after, name -> array [n]
     "Train into a run's folder. Ctrl-C or SIGTERM raises `KeyboardInterrupt` after the step, the second one at once."
     log = _RunLog(run, config.max_steps)
-    trainer = CoMAMTrainer(team, training, rewards, config, callbacks=[log])
+    trainer = CoMAMTrainer(team, training, rewards, config, sampler=sampler, callbacks=[log])
     first = trainer.is_world_process_zero()
     before = _scores_before(run, len(evaluation)) if resume else None
     if before is None:

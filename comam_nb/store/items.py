@@ -6,7 +6,7 @@
 __all__ = ['MemoryItem', 'FlatIndex', 'MemoryStore']
 
 # %% ../../nbs/source/store/01_items.ipynb #12c6af86
-import html, itertools, json, math, re
+import html, itertools, json, math, re, warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -321,21 +321,23 @@ def _add_items(
             db.executemany("INSERT INTO sessions VALUES(?,?,?,?) ON CONFLICT(user, mark) DO UPDATE "
                            "SET first=excluded.first, turns=excluded.turns", read)
             return [_insert_item(db, i, v, now) for i, v in zip(items, vectors)]
-def _delete_items(file:Database, user:str, ids:list[str]|None, rule:str="")->int: # how many there were
-    "Delete items of a user (None: all), and what a file still holds of their bytes."
+def _delete_items(
+    file:Database,
+    user:str,
+    ids:list[str]|None, # None: all
+    rewrite:bool|None,  # see `MemoryStore.forget`
+    rule:str="",        # why, for the record
+)->tuple[int,str]: # how many there were, what remains of their bytes
+    "Delete items of a user, and their bytes."
     with file.lock:
-        with file.transaction(True, [user]) as db:
+        with file.transaction(True, [user], deletes=True) as db:
             if ids is None:
                 n = db.execute("DELETE FROM items WHERE user=?", (user,)).rowcount
                 db.execute("DELETE FROM sessions WHERE user=?", (user,))
             else: n = sum(db.execute("DELETE FROM items WHERE user=? AND id=?", (user, id)).rowcount for id in ids)
             if rule: _record_removal(db, user, rule, ids or [])
-        with file.session() as db:
-            try: db.wipe()
-            except db.Error as e:
-                raise StoreError(f"{file.path}: {n} items are deleted, but the log could not be emptied ({e}): "
-                                 "forget again") from e
-    return n
+            if n or rewrite or ids is None: db.owe()
+        return n, file.wipe(rewrite=rewrite)
 def _wanted(
     granularity:str|None, # "fine", "coarse", or None for both
 )->tuple[str,...]: # the ones meant
@@ -463,6 +465,7 @@ class MemoryStore:
         remote = is_address(path)
         if hnsw is not None and (isinstance(hnsw, bool) or not remote or hnsw not in range(1, 1001)):
             raise StoreError(f"hnsw is {hnsw!r}: give 1 to 1000, with an address that begins with postgresql://")
+        self.remains = "" # what the last `forget` left of the bytes, and when they go; "": nothing
         self.file = _StoreFile(path, HashingEmbedder() if embedder is None else embedder, reindex, create)
         try: self._indexes = _ServerIndexes(self.file, hnsw) if remote else _UserIndexes()
         except BaseException: self.close(); raise
@@ -497,13 +500,19 @@ class MemoryStore:
         with self.file.session() as db: return [u for u, in db.execute(sql)]
     def __len__(self)->int:
         with self.file.session() as db: return db.execute("SELECT count(*) FROM items").fetchone()[0]
-    def forget(self, user:str, ids:str|Iterable[str]|None=None)->int: # how many were deleted
-        "Delete items of a user (None: all) for good, in the file too; ids that the user does not have are not counted."
+    def forget(self, user:str, ids:str|Iterable[str]|None=None, rewrite:bool|None=None)->int: # how many were deleted
+        """Delete items of a user (None: all) for good, in the file too; ids that the user does not have do not count.
+        Waits up to 5 s for readers; if bytes remain, that is a warning, which stands in `remains`, too. `rewrite` says
+        whether the whole file is written anew, which rids its unused parts of traces; None: if it has at most 64 MB."""
         ids = [ids] if isinstance(ids, str) else ids if ids is None else list(ids)
         for text in (user, *(ids or ())): _check_text("user or id", text, "forget")
+        return self._delete(user, ids, rewrite)
+    def _delete(self, user, ids, rewrite=None, rule=""):
         with self.file.lock:
             self._indexes.drop(*((user, g) for g in _GRANULARITIES))
-            return _delete_items(self.file, user, ids)
+            n, self.remains = _delete_items(self.file, user, ids, rewrite, rule)
+        if self.remains: warnings.warn(f"{self.path}: {n} items are deleted, but {self.remains}", RuntimeWarning, 3)
+        return n
     def retract(self, user:str, ids:Iterable[str])->tuple[int,int]: # of these items, and of the profile beside them
         "Forget these items and, with a fact, the profile made from it; raises `StoreError` for an unknown id."
         kinds, ids = {i.id: i.granularity for i in self.items(user)}, set(ids)
@@ -521,8 +530,7 @@ class MemoryStore:
             places = self.sessions(user).values()
             if not (ids := _came_from(self.items(user), places, kind, name)):
                 raise StoreError(f"nothing about {user!r} came from the {kind} {name!r}: nothing was forgotten")
-            self._indexes.drop(*((user, g) for g in _GRANULARITIES))
-            _delete_items(self.file, user, ids, f"{kind} {name}")
+            self._delete(user, ids, rule=f"{kind} {name}")
         return ids
     def removals(self)->list[tuple[str,str,str,list[str]]]: # user, when, rule, ids; oldest first
         "What was forgotten by its source; the words are nowhere."

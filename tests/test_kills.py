@@ -1,0 +1,202 @@
+"Nothing lost, nothing left: kills at random moments, a disk without room, forks, turns, and what `forget` leaves."
+import importlib.util, json, os, random, signal, sqlite3, subprocess, sys, warnings
+from pathlib import Path
+
+import pytest
+
+from comam_nb.base.embedders import HashingEmbedder
+from comam_nb.base.errors import MemCollabError, StoreError
+from comam_nb.checks.constraints import Constraint
+from comam_nb.cli.__main__ import main
+from comam_nb.memcollab.bank import ConstraintBank
+from comam_nb.store.items import MemoryItem, MemoryStore
+
+ROOT = Path(__file__).parents[1]
+SMALL = HashingEmbedder(16)
+
+@pytest.fixture(scope="module")
+def kills():
+    "scripts/kills.py, which is no package."
+    spec = importlib.util.spec_from_file_location("kills", ROOT / "scripts" / "kills.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def left(folder, *texts):
+    "Which of these some file of the folder holds."
+    data = b"".join(p.read_bytes() for p in Path(folder).iterdir())
+    return [t for t in texts if t.encode() in data]
+
+
+# ---- kills
+
+@pytest.mark.parametrize("what", ["store", "eval", *(pytest.param(w, marks=pytest.mark.slow)
+                                                      for w in ("bank", "journal", "trajectories"))])
+def test_a_kill_loses_nothing(kills, what, tmp_path, monkeypatch):
+    "CONTRIBUTING.md has the command for 500 of them; a kill of training is in tests/test_run.py, and in that command."
+    monkeypatch.setattr(kills, "WHERE", str(tmp_path))
+    found = (kills.kill_endless if what in kills.ENDLESS else kills.kill_ending)(what, 2, random.Random(1))
+    assert found["problems"] == [] and found["kills"] >= 2
+
+@pytest.mark.parametrize("broken", ["an item", "a byte"])
+def test_what_is_lost_or_left_is_seen(kills, broken, tmp_path):
+    "The check itself can fail."
+    with kills.items_of(tmp_path) as store: store.add([MemoryItem("a1", "ana", "tea"), MemoryItem("b2", "ana", "tea")])
+    told = ["added a1 c3"] if broken == "an item" else ["added a1 b2", "forgetting b2", "forgotten b2"]
+    assert any("c3 is lost" in b or "b2 is on the disk" in b for b in kills.check_store(tmp_path, told))
+
+
+# ---- a disk without room, forks, turns
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_loses_nothing(kills, tmp_path, monkeypatch):
+    monkeypatch.setattr(kills, "WHERE", str(tmp_path))
+    found = kills.full((*kills.ENDLESS, "eval", "trajectories"))
+    assert found["problems"] == [], found["said"]
+
+def in_a_fork(work):
+    "What `work` returns or raises in a forked process, as text."
+    out, told = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            try: text = str(work())
+            except Exception as e: text = f"{type(e).__name__}: {e}"
+            os.write(told, text.encode())
+        finally: os._exit(0)
+    os.close(told)
+    with open(out) as f: text = f.read()
+    os.waitpid(pid, 0)
+    return text
+
+def test_a_fork_may_not_use_what_its_parent_opened(tmp_path):
+    store, bank = MemoryStore(tmp_path / "m.db", SMALL), ConstraintBank(tmp_path / "b.db")
+    store.add(MemoryItem("a", "ana", "tea"))
+    for call in (lambda: store.items("ana"), lambda: store.add(MemoryItem(user="ana", text="x")),
+                 lambda: store.search("tea", "ana"), lambda: store.forget("ana"), lambda: len(store)):
+        text = in_a_fork(call)
+        assert text.startswith("StoreError: ") and "is a fork of it: open it here" in text and "\n" not in text
+    assert in_a_fork(bank.entries).startswith("MemCollabError: ")
+    with store.file.lock: # held at that moment: a fork would wait for it for ever
+        assert "is a fork of it" in in_a_fork(lambda: store.items("ana"))
+    def anew():
+        store.close() # lets go of it, and no more
+        with MemoryStore(tmp_path / "m.db", SMALL) as own: return own.add(MemoryItem("b", "ana", "cake"))
+    assert in_a_fork(anew) == "['b']"
+    assert [i.id for i in store.items("ana")] == ["a", "b"] and store.add(MemoryItem("c", "ana", "rum")) == ["c"]
+    store.close(); bank.close()
+
+@pytest.mark.slow
+def test_everybody_gets_a_turn(kills, tmp_path, monkeypatch):
+    "Four writers and six readers. How long they wait depends on the machine; that nobody is left out does not."
+    monkeypatch.setattr(kills, "WHERE", str(tmp_path))
+    found = kills.fair(20)
+    times = {who: x["times"] for who, x in found["served"].items()}
+    print(json.dumps(found["served"]))
+    writers = [n for who, n in times.items() if who.startswith("writer")]
+    assert not found["problems"] and min(times.values()) > 1 and max(writers) < 10 * min(writers)
+
+
+# ---- forgetting
+
+def test_rows_that_were_moved_leave_no_trace(tmp_path):
+    "When a page of the file is full, SQLite moves rows, and what they leave is not overwritten by `secure_delete`."
+    rng, live, gone, n = random.Random(0), [], [], 0
+    with MemoryStore(tmp_path / "m.db", SMALL) as store:
+        for _ in range(6):
+            new = [MemoryItem(f"m{n + i}", rng.choice("ab"), f"MARK{n + i:05d}" + " z" * rng.choice([0, 10, 100, 300]))
+                   for i in range(1, 31)]
+            n += 30
+            store.add(new)
+            live += new
+            out = rng.sample(live, 20)
+            live = [i for i in live if i not in out]
+            for user in "ab": store.forget(user, [i.id for i in out if i.user == user])
+            gone += [i.text[:9] for i in out]
+            assert left(tmp_path, *gone) == []
+        assert len(store) == 60 and left(tmp_path, "MARK00180")
+
+def test_a_reader_holds_bytes_and_that_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("comam_nb.base.database.Database.wipe.__defaults__", (.1, None), raising=False)
+    store, reader = MemoryStore(tmp_path / "m.db"), sqlite3.connect(tmp_path / "m.db", isolation_level=None)
+    store.add([MemoryItem("a", "ana", "SECRETTEXT"), MemoryItem("b", "ana", "tea")])
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM items").fetchone()
+    with pytest.warns(RuntimeWarning, match="1 items are deleted, but the bytes .* stay in the log"):
+        assert store.forget("ana", "a") == 1
+    assert left(tmp_path, "SECRETTEXT") and "they go when" in store.remains
+    assert [i.id for i in store.items("ana")] == ["b"]
+    copy = tmp_path / "copies"
+    copy.mkdir()
+    reader.execute("COMMIT")
+    reader.execute("VACUUM INTO ?", (str(copy / "copy.db"),)) # a copy has what is there, not what was
+    assert main(["memory", "export", str(tmp_path / "m.db"), "--file", str(copy / "all.jsonl")]) == 0
+    with MemoryStore(copy / "copy.db") as other: assert [i.id for i in other.items("ana")] == ["b"]
+    assert left(copy, "SECRETTEXT") == []
+    store.add(MemoryItem("c", "ana", "rum")) # the next write takes the bytes along
+    copy.joinpath("copy.db").unlink(); copy.joinpath("all.jsonl").unlink(); copy.rmdir()
+    assert left(tmp_path, "SECRETTEXT") == []
+    assert store.forget("ana") == 2 and store.remains == ""
+    reader.close(); store.close()
+
+def test_the_command_says_that_bytes_remain(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("comam_nb.base.database.Database.wipe.__defaults__", (.1, None), raising=False)
+    with MemoryStore(tmp_path / "m.db") as store: store.add(MemoryItem("a", "ana", "SECRETTEXT"))
+    reader = sqlite3.connect(tmp_path / "m.db", isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM items").fetchone()
+    assert main(["memory", "forget", str(tmp_path / "m.db"), "--user", "ana", "--all"]) == 0
+    out, err = capsys.readouterr()
+    assert "1 items are deleted" in out and "the bytes of what was deleted stay" in err and err.count("\n") == 1
+    reader.execute("COMMIT"); reader.close()
+    assert main(["memory", "stats", str(tmp_path / "m.db")]) == 0
+    assert left(tmp_path, "SECRETTEXT") == []
+
+@pytest.mark.parametrize("when", ["before the bytes are removed", "in the middle of it"])
+def test_a_kill_between_forgetting_and_wiping(tmp_path, when):
+    code = """if 1:
+        import os, sys
+        from comam_nb.base import sqlite
+        from comam_nb.base.embedders import HashingEmbedder
+        from comam_nb.store.items import MemoryStore
+        def dies(*_): os.kill(os.getpid(), 9)
+        setattr(sqlite._Connection, sys.argv[2], dies)
+        MemoryStore(sys.argv[1], HashingEmbedder(16)).forget("ana", "a")"""
+    path, step = tmp_path / "m.db", "wipe" if when.startswith("before") else "empty_log"
+    with MemoryStore(path, SMALL) as store: store.add([MemoryItem("a", "ana", "SECRETTEXT"), MemoryItem("b", "ana", "x")])
+    done = subprocess.run([sys.executable, "-c", code, str(path), step], capture_output=True)
+    assert done.returncode == -signal.SIGKILL and left(tmp_path, "SECRETTEXT")
+    holds = sqlite3.connect(path) # so that nobody is the last to close it, which would empty the log
+    holds.execute("SELECT count(*) FROM items").fetchone()
+    with MemoryStore(path, SMALL) as store: assert [i.id for i in store.items("ana")] == ["b"]
+    assert left(tmp_path, "SECRETTEXT") == []
+    holds.close()
+
+def test_a_large_file_is_written_anew_only_if_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr("comam_nb.base.sqlite._SMALL", 4096)
+    with MemoryStore(tmp_path / "m.db", SMALL) as store:
+        store.add([MemoryItem(f"m{n}", "ana", f"SECRET{n}") for n in range(9)])
+        with pytest.warns(RuntimeWarning, match="forget with rewrite=True"): store.forget("ana", "m1")
+        assert left(tmp_path, "SECRET1") == [] # only page moves leave traces that a new file would remove
+        with pytest.warns(RuntimeWarning, match="was not written anew"): store.forget("ana", "m2", rewrite=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            store.forget("ana", "m3", rewrite=True)
+        assert store.remains == "" and len(store) == 6
+
+def test_an_item_that_is_not_there_costs_no_rewriting(tmp_path):
+    with MemoryStore(tmp_path / "m.db", SMALL) as store:
+        store.add(MemoryItem("a", "ana", "tea"))
+        asked = []
+        store.file.connection.set_trace_callback(asked.append)
+        assert store.forget("ana", "zzz") == 0 and not any("VACUUM" in sql for sql in asked)
+
+@pytest.mark.slow
+def test_removing_from_a_bank_while_another_reads(tmp_path):
+    with ConstraintBank(tmp_path / "b.db") as bank, ConstraintBank(tmp_path / "b.db") as other:
+        bank.add([Constraint("case one", "check the unit", "", "c"), Constraint("case two", "check the sum", "", "c")],
+                 check=False)
+        with other.file.transaction():
+            assert len(other) == 2
+            bank.remove(bank.entries()[0].id)
+            assert len(other) == 2 and len(bank) == 1
+        assert len(other) == 1
