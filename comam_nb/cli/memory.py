@@ -10,7 +10,7 @@ import argparse, json
 from pathlib import Path
 
 from ..base.files import write_whole
-from .common import printable
+from ..base.shown import printable
 from ..runs.folder import CommandError
 
 # %% ../../nbs/source/cli/06_memory.ipynb #bbefa6a5
