@@ -41,8 +41,8 @@ class _Visible:
 @contextmanager
 def visible_streams()->Iterator[None]:
     "While it lasts, what is printed is made visible; also a decorator."
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Visible(sys.stdout, _JOINERS + "\n\t"), _Visible(sys.stderr, _JOINERS + "\n\t\r") # type: ignore[assignment]
+    before, kept = (sys.stdout, sys.stderr), _JOINERS + "\n\t"
+    sys.stdout, sys.stderr = _Visible(sys.stdout, kept), _Visible(sys.stderr, kept + "\r") # type: ignore[assignment]
     try: yield
     finally: sys.stdout, sys.stderr = before
 

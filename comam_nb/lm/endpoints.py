@@ -94,7 +94,8 @@ def _read_reply(
     choices = data.get("choices") if isinstance(data, dict) else None
     first = choices[0] if isinstance(choices, list) and choices else None
     message = first.get("message") if isinstance(first, dict) else None
-    if not isinstance(first, dict) or not isinstance(message, dict): raise ValueError(f"no message in {body[:_EXCERPT]!r}")
+    if not isinstance(first, dict) or not isinstance(message, dict):
+        raise ValueError(f"no message in {body[:_EXCERPT]!r}")
     finish, content = str(first.get("finish_reason") or ""), message.get("content")
     if content is None: content = message.get("refusal") or ""
     try: thinking, text = _parts(content)

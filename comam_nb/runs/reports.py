@@ -71,7 +71,8 @@ def group_table(
         some = [i for i in ids if first[i][by] == g]
         _, clusters = _drawn_whole([first[i] for i in some])
         cells = [str(bootstrap([b[i][field] for i in some], clusters=clusters)) for b in by_id.values()]
-        lines.append(f"| {'not known' if g is None else markdown_text(str(g))} | {len(some)} | " + " | ".join(cells) + " |")
+        called = "not known" if g is None else markdown_text(str(g))
+        lines.append(f"| {called} | {len(some)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 def cost_table(

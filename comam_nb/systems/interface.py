@@ -215,4 +215,5 @@ class MemorySystem:
 # %% ../../nbs/source/systems/01_interface.ipynb #7ffcb378
 def _system_html(system):
     rows = "".join(f"<li>{html.escape(f'{n.text} {list(n.cites)}')}</li>" for n in system.memory())
-    return f"<p><b>{html.escape(system.name)}</b> after {system.sessions} sessions (turns in brackets):</p><ol>{rows}</ol>"
+    name = html.escape(system.name)
+    return f"<p><b>{name}</b> after {system.sessions} sessions (turns in brackets):</p><ol>{rows}</ol>"
