@@ -257,6 +257,9 @@ libc = ctypes.CDLL(None)
 return libc.inotify_add_watch(libc.inotify_init1(0), b'/etc', 0xfff) >= 0""", "watching files outside")
 attack("told_of_changes", "import fcntl\nfcntl.fcntl(os.open(os.path.dirname(os.__file__), 0), 1026, 4)\nreturn True",
        "watching files outside")
+attack("attributes_of_a_file", "return os.listxattr(SECRET) is not None", "reading outside")
+attack("truncate_what_may_be_read", "os.close(os.open(SECRET, os.O_RDONLY | os.O_TRUNC))\nreturn True",
+       "writing outside")
 attack("lease_on_a_file", "import fcntl\nfcntl.fcntl(os.open(os.__file__, 0), 1024, 0)\nreturn True",
        "watching files outside")
 # ---- files and the environment
@@ -361,6 +364,9 @@ def test_daemons_die_even_where_forking_cannot_be_forbidden(walls, world):
 @linux
 @pytest.mark.parametrize("wall, body", [("landlock", "open(SECRET)"), ("seccomp", "os.fork()"),
                                         ("seccomp", "__import__('socket').socket()"),
+    ("seccomp", "os.truncate(SECRET, 0)"), ("seccomp", "os.open(SECRET, os.O_RDONLY | os.O_TRUNC)"),
+    ("seccomp", "import fcntl, socket\nfcntl.ioctl(socket.socketpair()[0], 0x8901, CALLER.to_bytes(4, 'little'))"),
+    ("seccomp", "import ctypes\nif ctypes.CDLL(None).msgget(0, 0o600) < 0: raise OSError"),
     ("namespaces", "__import__('socket').create_connection(('127.0.0.1', PORT), timeout=1)"),
                                         ("namespaces", "os.kill(CALLER, 0)")])
 def test_each_wall_holds_alone(wall, body, world):
@@ -1091,6 +1097,14 @@ def test_strange_source_text_is_no_error_of_ours(code): assert isinstance(run_py
 
 
 # ---- execute
+@pytest.mark.parametrize("tests", ["x = f(1)\ndef test_f(): assert f(3) == 9",
+    "import unittest\nx = f(1)\nclass T(unittest.TestCase):\n    def test_f(self): self.assertEqual(f(3), 9)",
+    "def test_a(): assert f(0) == 0\ntest_a()\ndef test_b(): assert f(3) == 9"])
+def test_functions_of_the_tests_run_also_where_the_code_was_called_before(tests):
+    assert run_python("def f(x): return x*x", tests).passed
+    assert run_python("def f(x): return 0", tests).reason.startswith(("wrong answer", "error: AssertionError"))
+
+
 def test_execute():
     ran = execute("import sys\nprint('out')\nprint('err', file=sys.stderr)")
     assert (ran.stdout, ran.stderr, ran.reason) == ("out\n", "err\n", "")

@@ -251,6 +251,12 @@ def _asks_identity(text:str)->str: # "" where they do not
             if not any(isinstance(x, ast.Constant) for x in (n.left, *n.comparators)): return "'is' on objects"
     return ""
 
+def _used_outside(text:str)->list: # names
+    "What tests use outside of their own functions and classes: those they call themselves."
+    top = [n for n in ast.parse(text).body if not isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    names = {n.id for part in top for n in ast.walk(part) if isinstance(n, ast.Name)}
+    return sorted(names)
+
 def _read_tests(
     tests:str|list[str]|dict, # a dict has "tests" or "test", and "setup", "entry_point"
 )->tuple[dict,str]: # (what only the judge may know, the setup)
@@ -270,7 +276,8 @@ def _read_tests(
     check = "check" in _globals_used(text)[1] and bool(entry)
     names, modules = _names_under_test(text, setup, entry)
     return dict(tests=text, setup=setup, entry=entry, check=check, names=names, modules=modules,
-                beyond=_beyond(f"{setup}\n{text}"), identity=_asks_identity(f"{setup}\n{text}")), setup
+                called=_used_outside(text), beyond=_beyond(f"{setup}\n{text}"),
+                identity=_asks_identity(f"{setup}\n{text}")), setup
 
 # %% ../../nbs/source/checks/03_sandbox.ipynb #7b4b1750
 def run_python(

@@ -81,8 +81,9 @@ mknod 133 -1 mknodat 259 33 utime 132 -1 utimes 235 -1 futimesat 261 -1 utimensa
 lsetxattr 189 6 fsetxattr 190 7 removexattr 197 14 lremovexattr 198 15 fremovexattr 199 16
 inotify_init 253 -1 inotify_init1 294 26 inotify_add_watch 254 27 fanotify_mark 301 263 shmctl 31 195 semctl 66 191
 semop 65 193 semtimedop 220 192 msgctl 71 187 msgsnd 69 189 msgrcv 70 188 sync 162 81 syncfs 306 267
-vhangup 153 58 lookup_dcookie 212 18"""
-_NEWER = [436, 437, 439, 441]  # close_range, openat2, faccessat2, epoll_pwait2: the calls from 424 on that stay open
+vhangup 153 58 lookup_dcookie 212 18 truncate 76 45 getxattr 191 8 lgetxattr 192 9 fgetxattr 193 10 listxattr 194 11
+llistxattr 195 12 flistxattr 196 13 uselib 134 -1"""
+_NEWER = [436, 439, 441]  # close_range, faccessat2, epoll_pwait2: the calls from 424 on that stay open
 
 # %% ../../nbs/source/checks/01_walls.ipynb #09bace77
 def _seccomp_program(
@@ -92,7 +93,7 @@ def _seccomp_program(
     "The system-call filter; raises OSError for a processor that has no table."
     if arch not in ("x86_64", "aarch64"): raise OSError(f"no table of system calls for {arch}")
     column = ["x86_64", "aarch64"].index(arch)
-    LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+    LOAD, EQUAL, AT_LEAST, ANY_BIT, AND, RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
     # EPERM, ENOSYS
     allow, refuse, unknown = (RETURN, 0, 0, 0x7fff0000), (RETURN, 0, 0, 0x50001), (RETURN, 0, 0, 0x50026)
     words = _REFUSED.split()
@@ -110,6 +111,11 @@ def _seccomp_program(
     program += only_if(number(53, 199), 0, EQUAL, 1)             # socketpair: AF_UNIX, as asyncio makes one
     program += [(EQUAL, 0, 6, number(44, 206)), (LOAD, 0, 0, 48), (EQUAL, 0, 3, 0), (LOAD, 0, 0, 52), (EQUAL, 0, 1, 0),
                 allow, refuse]                                   # sendto: without an address
+    # O_TRUNC with neither O_WRONLY nor O_RDWR
+    def unless_emptied(n, arg):
+        return [(EQUAL, 0, 5, n), (LOAD, 0, 0, 16 + 8*arg), (AND, 0, 0, 0x203), (EQUAL, 1, 0, 0x200), allow, refuse]
+    program += unless_emptied(2, 1) if column == 0 else []       # open
+    program += unless_emptied(number(257, 56), 2)                # openat
     def none_of(n, *values): # of the second argument
         tests = [(EQUAL, left + 1, 0, v) for left, v in zip(reversed(range(len(values))), values)]
         return [(EQUAL, 0, len(values) + 3, n), (LOAD, 0, 0, 24), *tests, allow, refuse]
