@@ -47,7 +47,7 @@ def visible_streams()->Iterator[None]:
     finally: sys.stdout, sys.stderr = before
 
 # %% ../../nbs/source/base/02_shown.ipynb #54a7000e
-_MARKS = re.compile(r"[\\`\[\]|~$]|^#|\*(?=\S)|(?<=\S)\*|(?<![^\W_])_|_(?![^\W_])")
+_MARKS = re.compile(r"[\\`\[\]|~$]|^#|\*(?=\S)|(?<![^\W_])_|_(?![^\W_])")
 
 def markdown_text(
     text:str, # of a model, or from a file
