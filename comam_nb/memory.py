@@ -70,7 +70,7 @@ class _AssistantReply:
 
     def _repr_html_(self)->str:
         bold = lambda i, text: f"<b>{text}</b>" if i in self.evidence else text
-        told = ((i, f"{html.escape(i.text)} {list(i.cites)}") for i in self.candidates)
+        told = ((i, html.escape(f"{i.text} {list(i.cites)}")) for i in self.candidates)
         rows = "".join(f"<li>{bold(*x)}</li>" for x in told)
         answer = html.escape(self.answer or "(no answer)")
         return f"<p><b>{answer}</b></p><p>from (used items in bold):</p><ul>{rows}</ul>"

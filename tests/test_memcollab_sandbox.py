@@ -167,6 +167,10 @@ program("sleeps", "import time\ndef f(x): time.sleep(1000)")
 program("threads_that_never_end",
         "import threading\ndef spin():\n    while True: pass\nfor _ in range(8): "
         "threading.Thread(target=spin).start()\ndef f(x):\n    while True: pass")
+program("a_thousand_threads",
+        "import ctypes, threading, time\nctypes.CDLL(None).mallopt(-8, 1)\nthreading.stack_size(32768)\n"
+        "try:\n    for _ in range(1000): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()\n"
+        "    time.sleep(.3)\n    won = True\nexcept RuntimeError: won = False\ndef f(x): return x*x if won else 0")
 program("stops_itself", "import os, signal\ndef f(x):\n    os.kill(os.getpid(), signal.SIGSTOP)\n    while True: pass")
 program("regex_that_never_ends", "import re\ndef f(x): return re.match('(a+)+$', 'a'*60 + 'b')")
 program("endless_generator", "def f(x):\n    while True: yield x")
@@ -239,6 +243,25 @@ attack("process_vm_readv",
 attack("renice_caller", "os.setpriority(os.PRIO_PROCESS, CALLER, 19)\nreturn True", "signals to others")
 attack("limit_callers_files", "import resource\nresource.prlimit(CALLER, resource.RLIMIT_NOFILE, (3, 3))\nreturn True",
        "signals to others")
+attack("signal_by_ioctl",
+       "import fcntl, socket, struct\na, b = socket.socketpair()\nfcntl.ioctl(a, 0x8901, struct.pack('i', CALLER))\n"
+       "return True", "signals to others")
+attack("queues_of_others", """
+import ctypes
+libc = ctypes.CDLL(None)
+def stat(f): return any(getattr(libc, f)(i, *([0] if f == 'semctl' else []), 2, bytes(999)) >= 0 for i in range(99))
+return stat('msgctl') or stat('shmctl') or stat('semctl') or libc.msgget(0, 0o600) >= 0""", "processes")
+attack("watch_a_folder", """
+import ctypes
+libc = ctypes.CDLL(None)
+return libc.inotify_add_watch(libc.inotify_init1(0), b'/etc', 0xfff) >= 0""", "watching files outside")
+attack("told_of_changes", "import fcntl\nfcntl.fcntl(os.open(os.path.dirname(os.__file__), 0), 1026, 4)\nreturn True",
+       "watching files outside")
+attack("attributes_of_a_file", "return os.listxattr(SECRET) is not None", "reading outside")
+attack("truncate_what_may_be_read", "os.close(os.open(SECRET, os.O_RDONLY | os.O_TRUNC))\nreturn True",
+       "writing outside")
+attack("lease_on_a_file", "import fcntl\nfcntl.fcntl(os.open(os.__file__, 0), 1024, 0)\nreturn True",
+       "watching files outside")
 # ---- files and the environment
 attack("secret_file", "return 'secret' in open(SECRET).read()", "reading outside")
 attack("etc_passwd", "return len(open('/etc/passwd').read()) > 0", "reading outside")
@@ -341,6 +364,9 @@ def test_daemons_die_even_where_forking_cannot_be_forbidden(walls, world):
 @linux
 @pytest.mark.parametrize("wall, body", [("landlock", "open(SECRET)"), ("seccomp", "os.fork()"),
                                         ("seccomp", "__import__('socket').socket()"),
+    ("seccomp", "os.truncate(SECRET, 0)"), ("seccomp", "os.open(SECRET, os.O_RDONLY | os.O_TRUNC)"),
+    ("seccomp", "import fcntl, socket\nfcntl.ioctl(socket.socketpair()[0], 0x8901, CALLER.to_bytes(4, 'little'))"),
+    ("seccomp", "import ctypes\nif ctypes.CDLL(None).msgget(0, 0o600) < 0: raise OSError"),
     ("namespaces", "__import__('socket').create_connection(('127.0.0.1', PORT), timeout=1)"),
                                         ("namespaces", "os.kill(CALLER, 0)")])
 def test_each_wall_holds_alone(wall, body, world):
@@ -351,26 +377,70 @@ def test_each_wall_holds_alone(wall, body, world):
 
 
 def test_missing_walls_are_named_loudly():
-    sandbox._try_walls.cache_clear()
-    with pytest.warns(RuntimeWarning, match="NOT TIGHT.*reading outside.*none"): weak = _confinement(walls=())
+    sandbox._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="NOT TIGHT.*reading outside.*System V queues.*none"): weak = _confinement(walls=())
     assert not weak["reading outside"] and not weak["processes"] and not weak["wall: seccomp"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert _confinement(walls=()) == weak  # once is enough
 
 
+@pytest.mark.parametrize("standing", [(), ("limits", "seccomp"), ("limits", "seccomp", "namespaces"),
+                                      ("limits", "landlock", "seccomp")], ids=lambda w: "+".join(w) or "none")
+def test_without_the_walls_that_protect_others_nothing_is_run(standing, monkeypatch, tmp_path):
+    "A machine with fewer walls, played by leaving them out."
+    if not set(standing) <= set(_walls_here()): pytest.skip("not even these here")
+    real, gone = sandbox._try_walls, tmp_path / "gone"
+    real(standing) # tried for real, before nothing is started
+    monkeypatch.setattr(sandbox, "_try_walls", lambda walls: real(tuple(w for w in walls if w in standing)))
+    monkeypatch.setattr(sandbox, "_run_child", lambda *a: gone.touch() or {})
+    monkeypatch.delenv("COMAM_UNSAFE_OK", raising=False)
+    run = lambda **k: (run_python("def f(x): return x*x", TESTS, **k), execute("print(1)", **k))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if "landlock" in standing: run() # what is missing is a limit on the disk: a warning
+        else:
+            for f in (lambda: run_python("def f(x): return x*x", TESTS), lambda: execute("print(1)")):
+                with pytest.raises(MemCollabError, match="^no code of a model is run here: it would not be kept "
+                                   "from .*writing outside.*landlock.*--unsafe-ok") as e: f()
+                assert "\n" not in str(e.value) and not gone.exists()
+            if not standing: assert "System V queues and shared memory" in str(e.value)
+            run(unsafe_ok=True)
+            gone.unlink()
+            monkeypatch.setenv("COMAM_UNSAFE_OK", "1")
+            run()
+    assert gone.exists()
+
+
 @linux
-def test_a_caller_that_is_killed_leaves_nothing(tmp_path):
-    code = ("import sys, tempfile\ntempfile.tempdir = sys.argv[1]\nfrom comam_nb.checks.sandbox import run_python\n"
-            "run_python('def f(x): return x', 'assert f(1) == 1')\nprint('ready', flush=True)\nrun_python('while "
-            "True: pass', 'assert f(1) == 1', timeout=60)")
-    caller = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("forks", [False, True], ids=["alone", "after a fork"])
+def test_a_caller_that_is_killed_leaves_nothing(forks, tmp_path):
+    "Also where a fork of the caller lives on, which has inherited all that the caller held."
+    fork = "import os, time\n    if os.fork() == 0: print(os.getpid(), flush=True); time.sleep(99)"
+    code = f"""import sys, tempfile, threading
+tempfile.tempdir = sys.argv[1]
+from comam_nb.checks.sandbox import execute, run_python
+run_python('def f(x): return x', 'assert f(1) == 1')
+print('ready', flush=True)
+threading.Thread(target=execute, args=('while True: pass', 60)).start()
+threading.Thread(target=run_python, args=('while True: pass', 'assert f(1) == 1', 60)).start()
+if sys.stdin.readline():
+    {fork if forks else 'pass'}
+threading.Event().wait()"""
+    caller = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True)
     mark = f"comam-sandbox-{caller.pid}".encode()
     alive = lambda: [p for p in Path("/proc").glob("[0-9]*") if mark in read(p/"cmdline")]
     assert caller.stdout.readline() == "ready\n"
-    wait_for(lambda: len(alive()) >= 3)   # keeper, judge, candidate
-    caller.kill(); caller.wait(); caller.stdout.close()
-    wait_for(lambda: not alive() and not list(tmp_path.iterdir()))
+    wait_for(lambda: len(alive()) >= 5)   # two keepers, one judge, two candidates
+    print("fork", file=caller.stdin, flush=True)
+    other = int(caller.stdout.readline()) if forks else 0
+    try:
+        caller.kill(); caller.wait()
+        wait_for(lambda: not alive() and not list(tmp_path.iterdir()))
+    finally:
+        if other: os.kill(other, 9)
+        caller.stdout.close(); caller.stdin.close()
 
 
 def read(path):
@@ -1027,6 +1097,14 @@ def test_strange_source_text_is_no_error_of_ours(code): assert isinstance(run_py
 
 
 # ---- execute
+@pytest.mark.parametrize("tests", ["x = f(1)\ndef test_f(): assert f(3) == 9",
+    "import unittest\nx = f(1)\nclass T(unittest.TestCase):\n    def test_f(self): self.assertEqual(f(3), 9)",
+    "def test_a(): assert f(0) == 0\ntest_a()\ndef test_b(): assert f(3) == 9"])
+def test_functions_of_the_tests_run_also_where_the_code_was_called_before(tests):
+    assert run_python("def f(x): return x*x", tests).passed
+    assert run_python("def f(x): return 0", tests).reason.startswith(("wrong answer", "error: AssertionError"))
+
+
 def test_execute():
     ran = execute("import sys\nprint('out')\nprint('err', file=sys.stderr)")
     assert (ran.stdout, ran.stderr, ran.reason) == ("out\n", "err\n", "")

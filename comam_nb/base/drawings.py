@@ -69,7 +69,8 @@ class Drawing:
         style += " paint-order='stroke' stroke='#ffffff' stroke-width='5'" if halo else ""
         for i, line in enumerate(lines):
             below = y + 0.35 * size + (i - (len(lines) - 1) / 2) * 1.3 * size
-            self.parts.append(f"<text x='{x:g}' y='{below:.1f}' font-size='{size:g}' text-anchor='{anchor}' "
+            self.parts.append(f"<text x='{x:g}' y='{below:.1f}' font-size='{size:g}' "
+                              f"text-anchor='{html.escape(anchor)}' "
                               f"fill='{_colour(colour)[1]}'{style}>{html.escape(line)}</text>")
         return self
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .errors import DataError
+from .shown import markdown_text
 
 # %% ../../nbs/source/base/05_statistics.ipynb #ee912ccf
 @dataclass(frozen=True)
@@ -94,11 +95,11 @@ def comparison_table(
 )->str: # Markdown
     "Mean, 95 % interval and paired difference of each row; a star where the difference's interval leaves zero out."
     if against not in rows: raise DataError(f"no row {against!r} to compare with: the rows are {', '.join(rows)}")
-    lines = [f"| | mean | 95 % interval | difference to {against} |", "|---|---|---|---|"]
+    lines = [f"| | mean | 95 % interval | difference to {markdown_text(against)} |", "|---|---|---|---|"]
     for name, values in rows.items():
         m, d = bootstrap(values, clusters=clusters), paired(values, rows[against], clusters)
         difference = "–" if name == against else f"{d:+.3f}{' *' * d.excludes_zero}"
-        lines.append(f"| {name} | {m.mean:.3f} | {m.low:.3f} to {m.high:.3f} | {difference} |")
+        lines.append(f"| {markdown_text(name)} | {m.mean:.3f} | {m.low:.3f} to {m.high:.3f} | {difference} |")
     return "\n".join(lines)
 
 # %% ../../nbs/source/base/05_statistics.ipynb #3a660cbe

@@ -12,6 +12,7 @@ from . import codec
 
 # %% ../../nbs/source/checks/02_rooms.ipynb #42d25b6b
 _MAX_MESSAGE = 16 * 2**20   # bytes in one message that the judge reads
+_FEW_PIECES = 64              # in which it may come, and one more a kilobyte: a pipe delivers pages of four
 
 def _read_line(
     fd:int,               # file descriptor to read from
@@ -23,6 +24,7 @@ def _read_line(
         parts.append(chunk)
         size += len(chunk)
         if size > limit: raise ValueError(f"an answer of more than {limit} bytes")
+        if len(parts) > _FEW_PIECES + size // 1024: raise ValueError("an answer in too many pieces")
         if b"\n" in chunk:
             line, rest = b"".join(parts).split(b"\n", 1)
             if rest: raise ValueError("more than was asked for")
@@ -465,11 +467,12 @@ def examine(line, spec):
         if type(x) is Handle:
             x._whose = "named"
             if name.lstrip("_")[:1].isupper(): line.questions.classes.add(name) # what is written like a function is one
+    before = dict(space)
     run(spec["tests"], "<tests>")
     if spec["check"]: space["check"](space[entry]) if entry in space else run(entry, "<tests>")
-    if line.questions.calls: return
     import unittest                                                # tests as functions, or as methods of a class
     for name, x in list(space.items()):
+        if before.get(name) is x or name in spec["called"]: continue
         if isinstance(x, type) and issubclass(x, unittest.TestCase):
             unittest.defaultTestLoader.loadTestsFromTestCase(x).debug()
         elif name.startswith("test") and isinstance(x, types.FunctionType) and not x.__code__.co_argcount: x()
@@ -498,5 +501,5 @@ def room_source()->str:
     "Codec and rooms as text, for an interpreter that has not imported this package; it must import what they use."
     texts = (_HANDLE, _WIRE, _LINE, _QUESTIONS, _ELEMENTS, _PUT_BACK, _ERRORS, _SERVE, _SCRIPT,
              _JUDGES_LINE, _JUDGES_QUESTIONS, _REFUSE, _JUDGE, _WHY)
-    read = f"_MAX_MESSAGE = {_MAX_MESSAGE!r}", inspect.getsource(_read_line)
+    read = f"_MAX_MESSAGE, _FEW_PIECES = {_MAX_MESSAGE!r}, {_FEW_PIECES!r}", inspect.getsource(_read_line)
     return "\n".join([inspect.getsource(codec), *read, *texts])

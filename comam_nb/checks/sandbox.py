@@ -6,9 +6,10 @@
 __all__ = ['Verdict', 'Execution', 'parse_python', 'run_python', 'execute']
 
 # %% ../../nbs/source/checks/03_sandbox.ipynb #cb9a2497
-import ast, base64, builtins, json, math, os, re, shutil, signal, socket, subprocess, symtable, sys, sysconfig
+import ast, base64, builtins, ctypes, json, math, os, re, shutil, signal, socket, subprocess, symtable, sys, sysconfig
 import tempfile, warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -159,7 +160,7 @@ def _run_child(
         with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as secret:
             secret.write(json.dumps(tests).encode()); secret.seek(0)
             job = job | dict(folder=os.path.realpath(folder), walls=[w for w in walls if w in _walls_here()],
-                             tests=secret.fileno(), life=life_r)
+                             tests=secret.fileno(), life=life_r, caller=os.getpid())
             stdin.write(json.dumps(job).encode()); stdin.seek(0)
             keeper = subprocess.Popen([_interpreter(), "-I", "-S", "-B", "-X", "utf8", "-c",
                                        _child_source() + path + main, f"comam-sandbox-{os.getpid()}"],
@@ -250,6 +251,12 @@ def _asks_identity(text:str)->str: # "" where they do not
             if not any(isinstance(x, ast.Constant) for x in (n.left, *n.comparators)): return "'is' on objects"
     return ""
 
+def _used_outside(text:str)->list: # names
+    "What tests use outside of their own functions and classes: those they call themselves."
+    top = [n for n in ast.parse(text).body if not isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    names = {n.id for part in top for n in ast.walk(part) if isinstance(n, ast.Name)}
+    return sorted(names)
+
 def _read_tests(
     tests:str|list[str]|dict, # a dict has "tests" or "test", and "setup", "entry_point"
 )->tuple[dict,str]: # (what only the judge may know, the setup)
@@ -269,7 +276,8 @@ def _read_tests(
     check = "check" in _globals_used(text)[1] and bool(entry)
     names, modules = _names_under_test(text, setup, entry)
     return dict(tests=text, setup=setup, entry=entry, check=check, names=names, modules=modules,
-                beyond=_beyond(f"{setup}\n{text}"), identity=_asks_identity(f"{setup}\n{text}")), setup
+                called=_used_outside(text), beyond=_beyond(f"{setup}\n{text}"),
+                identity=_asks_identity(f"{setup}\n{text}")), setup
 
 # %% ../../nbs/source/checks/03_sandbox.ipynb #7b4b1750
 def run_python(
@@ -279,10 +287,11 @@ def run_python(
     memory_mb:int=1024,   # address space of the candidate's process
     packages:bool|None=None, # whether installed packages can be imported; None: where tests or code import one
     walls:Sequence[str]=WALLS,          # only for experiments: fewer walls
+    unsafe_ok:bool=False, # run also where walls are missing
 )->Verdict:
     """Does `code` pass `tests`? Runs both apart from each other and from the caller; never raises for what the code
     does. Checker I of MemCollab Alg. 1, Eq. 2, for code. Raises `MemCollabError` for tests that are no
-    Python, or that import a package which is not installed."""
+    Python, or that import a package which is not installed, and where walls are missing."""
     spec, setup = _read_tests(tests)
     needed = _packages(spec["tests"], setup)
     if missing := sorted(p for p in needed if not _installed(p)):
@@ -290,7 +299,7 @@ def run_python(
                              f"pip install {' '.join(missing)}")
     if packages is None: packages = any(map(_installed, needed | _packages(code)))
     job = _make_job(code, setup, timeout, memory_mb, packages, cap=1 << 16)
-    if tuple(walls) == WALLS: _confinement()
+    if tuple(walls) == WALLS: require_walls(unsafe_ok)
     report = _run_child(job, spec, walls)
     if not report: return Verdict(False, "the sandbox itself broke: no report", 0.0, "judge")
     seconds = round(report["seconds"], 4)
@@ -323,13 +332,15 @@ def execute(
     packages:bool|None=None, # whether installed packages can be imported; None: where the code imports one
     max_output:int=20_000, # bytes to keep of stdout, and of stderr
     walls:Sequence[str]=WALLS,           # only for experiments: fewer walls
+    unsafe_ok:bool=False,  # run also where walls are missing
 )->Execution:
-    "Run a program behind the walls and return what it printed; never raises for what the code does."
+    """Run a program behind the walls and return what it printed; never raises for what the code does. Raises
+    `MemCollabError` for settings that make no sense, and where walls are missing."""
     if not (isinstance(max_output, int) and max_output > 0):
         raise MemCollabError(f"max_output is {max_output!r}: give a whole number of bytes, 1 or more")
     if packages is None: packages = any(map(_installed, _packages(code)))
     job = _make_job(code, "", timeout, memory_mb, packages, cap=max_output + 1)
-    if tuple(walls) == WALLS: _confinement()
+    if tuple(walls) == WALLS: require_walls(unsafe_ok)
     report = _run_child(job, None, walls)
     if not report: return Execution("", "", "the sandbox itself broke: no report")
     out, err = (_shorten(base64.b64decode(report[k]), max_output) for k in ("out", "err"))
@@ -373,10 +384,18 @@ def limit():
 def disk():
     s = os.statvfs(".")
     return s.f_blocks*s.f_frsize <= 2**27
+def watch():
+    import ctypes
+    libc = ctypes.CDLL(None)
+    return libc.inotify_add_watch(libc.inotify_init(), FILE.rpartition("/")[0].encode(), 0x100) < 0
+def queue():
+    import ctypes
+    return QUEUE < 0 or ctypes.CDLL(None).msgctl(QUEUE, 2, ctypes.create_string_buffer(512)) < 0
 def environment():
     return not os.environ.get("HOME") and stopped(lambda: open(f"/proc/{CALLER}/environ", "rb").read() and 0)
 tries = {"processes": fork, "network": connect, "reading outside": lambda: open(FILE).close(),
     "writing outside": lambda: open(FILE + ".new", "w").close(), "signals to others": lambda: os.kill(CALLER, 0),
+    "watching files outside": watch, "System V queues and shared memory": queue,
     "memory": lambda: len(bytearray(2**28)) < 0, "CPU time": limit, "disk": disk, "environment": environment}
 print(json.dumps({name: stopped(f) for name, f in tries.items()}))
 '''
@@ -386,26 +405,59 @@ def _confinement(
     walls:Sequence[str]=WALLS, # names out of WALLS
 )->dict[str, bool]: # what a program might try -> whether it is stopped here; then each wall -> whether it stands
     "What this machine really enforces, tried out once per process; warns, naming what is missing."
+    _warn_once(tuple(walls))
     return dict(_try_walls(tuple(walls)))
 
 # %% ../../nbs/source/checks/03_sandbox.ipynb #97e9efd7
+@contextmanager
+def _queue()->Iterator[int]: # its number, -1 where there are none
+    "A message queue of System V, for somebody to find."
+    libc = ctypes.CDLL(None)
+    number = libc.msgget(0, 0o600) if hasattr(libc, "msgget") else -1
+    try: yield number
+    finally:
+        if number >= 0: libc.msgctl(number, 0, None)
+
 @lru_cache(maxsize=16)
 def _try_walls(
     walls:tuple, # names out of WALLS
 )->dict:
     "Run `_TRIES` behind the walls and read its report; not stopped is also what cannot be tried."
-    with tempfile.TemporaryDirectory(prefix="comam-") as folder, socket.socket() as server:
+    with tempfile.TemporaryDirectory(prefix="comam-") as folder, socket.socket() as server, _queue() as queue:
         server.bind(("127.0.0.1", 0)); server.listen()
         (outside := Path(folder)/"secret").write_text("secret")
-        code = f"FILE, PORT, CALLER = {str(outside)!r}, {server.getsockname()[1]}, {os.getpid()}\n" + _TRIES
+        known = str(outside), server.getsockname()[1], os.getpid(), queue
+        code = f"FILE, PORT, CALLER, QUEUE = {known!r}\n" + _TRIES
         report = _run_child(_make_job(code, "", 20.0, 128, False, 1 << 16), None, walls)
     try: stopped = json.loads(base64.b64decode(report["out"]))
     except (KeyError, ValueError): stopped = dict.fromkeys(re.findall(r'"([\w ]+)":', _TRIES), False)
-    if missing := [name for name, yes in stopped.items() if not yes]:
+    return stopped | {f"wall: {w}": w in walls and w in _walls_here() for w in WALLS}
+
+@lru_cache(maxsize=16)
+def _warn_once(
+    walls:tuple, # names out of WALLS
+)->None:
+    "Name what is not stopped."
+    if missing := [k for k, yes in _try_walls(walls).items() if not yes and not k.startswith("wall: ")]:
         warnings.warn(f"THE SANDBOX IS NOT TIGHT on this machine: code that a model wrote is not kept from: "
                       f"{', '.join(missing)}. "
-                      f"Walls that stand: {', '.join(w for w in walls if w in _walls_here()) or 'none'}. Use a Linux "
-                      f"with Landlock, _seccomp and user "
-                      "namespaces, or run all of this in a container that has nothing to lose.", RuntimeWarning,
-                      stacklevel=3)
-    return stopped | {f"wall: {w}": w in walls and w in _walls_here() for w in WALLS}
+                      f"Walls that stand: {', '.join(w for w in walls if w in _walls_here()) or 'none'}. {_INSTEAD}",
+                      RuntimeWarning, stacklevel=4)
+
+# %% ../../nbs/source/checks/03_sandbox.ipynb #54c70002
+_INSTEAD = ("Use a Linux with Landlock, seccomp and user namespaces, or run all of this in a container that has "
+            "nothing to lose.")
+_USED_UP = "memory", "CPU time", "disk"
+
+def require_walls(
+    unsafe_ok:bool=False, # run code that a model wrote although something is missing
+)->None:
+    "Raise `MemCollabError` where code that a model wrote could get at others, unless that is said to be fine."
+    found = _try_walls(WALLS)
+    missing = [k for k, yes in found.items() if not yes and k not in _USED_UP and not k.startswith("wall: ")]
+    if missing and not unsafe_ok and os.environ.get("COMAM_UNSAFE_OK") != "1":
+        walls = ", ".join(w for w in WALLS if not found[f"wall: {w}"]) or "none"
+        raise MemCollabError(f"no code of a model is run here: it would not be kept from {', '.join(missing)} "
+                             f"(walls that are missing: {walls}). {_INSTEAD} There, say unsafe_ok=True, --unsafe-ok "
+                             "or COMAM_UNSAFE_OK=1")
+    _warn_once(WALLS)

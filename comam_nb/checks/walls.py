@@ -78,8 +78,12 @@ personality 135 92 settimeofday 164 170 clock_settime 227 112 adjtimex 159 171 c
 sethostname 170 161 setdomainname 171 162 iopl 172 -1 ioperm 173 -1 modify_ldt 154 -1 migrate_pages 256 238
 move_pages 279 239 chmod 90 -1 fchmod 91 52 fchmodat 268 53 chown 92 -1 lchown 94 -1 fchown 93 55 fchownat 260 54
 mknod 133 -1 mknodat 259 33 utime 132 -1 utimes 235 -1 futimesat 261 -1 utimensat 280 88 setxattr 188 5
-lsetxattr 189 6 fsetxattr 190 7 removexattr 197 14 lremovexattr 198 15 fremovexattr 199 16"""
-_NEWER = [436, 437, 439, 441]  # close_range, openat2, faccessat2, epoll_pwait2: the calls from 424 on that stay open
+lsetxattr 189 6 fsetxattr 190 7 removexattr 197 14 lremovexattr 198 15 fremovexattr 199 16
+inotify_init 253 -1 inotify_init1 294 26 inotify_add_watch 254 27 fanotify_mark 301 263 shmctl 31 195 semctl 66 191
+semop 65 193 semtimedop 220 192 msgctl 71 187 msgsnd 69 189 msgrcv 70 188 sync 162 81 syncfs 306 267
+vhangup 153 58 lookup_dcookie 212 18 truncate 76 45 getxattr 191 8 lgetxattr 192 9 fgetxattr 193 10 listxattr 194 11
+llistxattr 195 12 flistxattr 196 13 uselib 134 -1"""
+_NEWER = [436, 439, 441]  # close_range, faccessat2, epoll_pwait2: the calls from 424 on that stay open
 
 # %% ../../nbs/source/checks/01_walls.ipynb #09bace77
 def _seccomp_program(
@@ -89,7 +93,7 @@ def _seccomp_program(
     "The system-call filter; raises OSError for a processor that has no table."
     if arch not in ("x86_64", "aarch64"): raise OSError(f"no table of system calls for {arch}")
     column = ["x86_64", "aarch64"].index(arch)
-    LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+    LOAD, EQUAL, AT_LEAST, ANY_BIT, AND, RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
     # EPERM, ENOSYS
     allow, refuse, unknown = (RETURN, 0, 0, 0x7fff0000), (RETURN, 0, 0, 0x50001), (RETURN, 0, 0, 0x50026)
     words = _REFUSED.split()
@@ -107,9 +111,18 @@ def _seccomp_program(
     program += only_if(number(53, 199), 0, EQUAL, 1)             # socketpair: AF_UNIX, as asyncio makes one
     program += [(EQUAL, 0, 6, number(44, 206)), (LOAD, 0, 0, 48), (EQUAL, 0, 3, 0), (LOAD, 0, 0, 52), (EQUAL, 0, 1, 0),
                 allow, refuse]                                   # sendto: without an address
-    # fcntl
-    program += [(EQUAL, 0, 5, number(72, 25)), (LOAD, 0, 0, 24), (EQUAL, 2, 0, 8), (EQUAL, 1, 0, 10), (EQUAL, 0, 1, 15),
-                refuse, allow]
+    # O_TRUNC with neither O_WRONLY nor O_RDWR
+    def unless_emptied(n, arg):
+        return [(EQUAL, 0, 5, n), (LOAD, 0, 0, 16 + 8*arg), (AND, 0, 0, 0x203), (EQUAL, 1, 0, 0x200), allow, refuse]
+    program += unless_emptied(2, 1) if column == 0 else []       # open
+    program += unless_emptied(number(257, 56), 2)                # openat
+    def none_of(n, *values): # of the second argument
+        tests = [(EQUAL, left + 1, 0, v) for left, v in zip(reversed(range(len(values))), values)]
+        return [(EQUAL, 0, len(values) + 3, n), (LOAD, 0, 0, 24), *tests, allow, refuse]
+    # SETOWN, SETSIG, SETOWN_EX, SETLEASE, NOTIFY
+    program += none_of(number(72, 25), 8, 10, 15, 1024, 1026)    # fcntl
+    # FIOSETOWN, SIOCSPGRP, TIOCSTI, TIOCLINUX
+    program += none_of(number(16, 29), 0x8901, 0x8902, 0x5412, 0x541C) + [allow] # ioctl
     return b"".join(struct.pack("HBBI", *i) for i in program)
 
 # %% ../../nbs/source/checks/01_walls.ipynb #7c4fcd95
@@ -207,13 +220,37 @@ def _times(
     except (OSError, ValueError): return 0.0, 0.0
     return int(ran)/1e9, int(waited)/1e9
 
+# %% ../../nbs/source/checks/01_walls.ipynb #54b70001
+def _thread_count(
+    pid:int, # a child
+)->int: # 0 where the system does not say
+    "How many threads a process has."
+    try:
+        with open(f"/proc/{pid}/stat") as f: return int(f.read().rsplit(")", 1)[1].split()[17])
+    except (OSError, IndexError, ValueError): return 0
+
+# %% ../../nbs/source/checks/01_walls.ipynb #54b70003
+def _life_lines(
+    life:int,   # end of a pipe whose other end the caller holds
+    caller:int, # its process id
+)->list: # descriptors that can be read once the caller is gone
+    "What tells of the caller's end; raises ProcessLookupError if it is gone already."
+    found = [life]
+    if hasattr(os, "pidfd_open"):
+        try: found.append(os.pidfd_open(caller))
+        except ProcessLookupError: raise
+        except OSError: pass # an old kernel, or a filter around all of us
+    if os.getppid() != caller: raise ProcessLookupError(caller)
+    return found
+
 # %% ../../nbs/source/checks/01_walls.ipynb #8fa39502
 def _watch(
     streams:dict,   # file descriptor -> bytearray that collects what comes
     cap:int,        # bytes to keep of each
     pids:list,      # the candidate and, where there is one, the judge; the end of the last is the end
     timeout:float,  # seconds, of the candidate's own time and of the judge's work
-    life:int,       # descriptor that is closed when the caller dies
+    life:list,      # descriptors that can be read when the caller is gone
+    threads:int,    # that the candidate may have
 )->tuple:           # ("", or whose time is up; {pid: wait status} of children that ended by themselves; seconds)
     """Collect output until the last of `pids` ends, time is up, or the caller is gone. The candidate's own time is
     that of the clock less what it waits for a processor, and less what the judge works or waits for one."""
@@ -222,16 +259,17 @@ def _watch(
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
     poll, ended, start, until, queued = select.poll(), {}, time.monotonic(), pids[-1], 0.0
-    for fd in (*streams, wake_r, life): poll.register(fd, select.POLLIN)
+    for fd in (*streams, wake_r, *life): poll.register(fd, select.POLLIN)
     while True:
         queued, work = max(queued, _times(pids[0])[1]), _times(pids[1] if len(pids) > 1 else 0)
         own = max(0.0, time.monotonic() - start - queued - sum(work))
         while (pair := os.waitpid(-1, os.WNOHANG) if until not in ended else (0, 0))[0]: ended[pair[0]] = pair[1]
         if until in ended: return "", ended, own
         if own >= timeout or work[0] >= timeout: return "code" if own >= timeout else "tests", ended, own
-        for fd, _ in poll.poll(math.ceil(min(timeout - own, timeout - work[0])*1000)):
+        if pids[0] not in ended and _thread_count(pids[0]) > threads: os.kill(pids[0], signal.SIGKILL)
+        for fd, _ in poll.poll(math.ceil(min(timeout - own, timeout - work[0], .1)*1000)):
+            if fd in life: return "code", ended, own
             data = os.read(fd, 1 << 16)
-            if fd == life: return "code", ended, own
             if not data: poll.unregister(fd)
             elif fd in streams: streams[fd] += data[:max(0, cap - len(streams[fd]))]
 
@@ -253,6 +291,8 @@ def _keeper(
 )->dict:
     """Start judge and candidate, wait, kill, report: "verdict" (the judge's text), "late" (whose time was up: "code",
     "tests" or ""), "status" (the candidate's, None if we ended it), "out", "err" and "seconds"."""
+    try: life = _life_lines(job["life"], job["caller"])
+    except ProcessLookupError: return _clear_away(job["folder"]) or {}
     if sys.platform == "linux": ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # subreaper
     (ask_r, ask_w), (ans_r, ans_w), (ver_r, ver_w), (out_r, out_w), (err_r, err_w) = (os.pipe() for _ in range(5))
     null, pids = os.open(os.devnull, os.O_WRONLY), []
@@ -265,7 +305,8 @@ def _keeper(
     pids.insert(0, candidate)
     for fd in (ask_r, ask_w, ans_r, ans_w, ver_w, out_w, err_w): os.close(fd)
     streams = {fd: bytearray() for fd in (ver_r, out_r, err_r)}
-    late, ended, seconds = _watch(streams, job["cap"], pids, job["timeout"], job["life"])
+    late, ended, seconds = _watch(streams, job["cap"], pids, job["timeout"], life,
+                                  job["limits"]["nproc"])
     forced = _kill_all([p for p in pids if p not in ended])
     for fd, data in streams.items():   # what was still in the pipes
         os.set_blocking(fd, False)
@@ -274,7 +315,7 @@ def _keeper(
         except BlockingIOError: pass
     verdict, out, err = (bytes(b) for b in streams.values())
     own = {**forced, **ended}.get(candidate)
-    if select.select([job["life"]], [], [], 0)[0]: _clear_away(job["folder"])  # closed: the caller is gone
+    if select.select(life, [], [], 0)[0]: _clear_away(job["folder"])  # closed: the caller is gone
     return dict(verdict=verdict.decode("utf-8", "replace"), late=late, status=None if own == 9
                 and candidate not in ended else own, seconds=seconds,
                 out=base64.b64encode(out).decode(), err=base64.b64encode(err).decode())
@@ -285,6 +326,6 @@ WALLS = "limits", "landlock", "seccomp", "namespaces"
 def wall_source()->str:
     "Walls and keeper as text, for an interpreter that has not imported this package; it must import what they use."
     walls = _set_limits, _enter_namespaces, _landlock, _seccomp_program, _seccomp, _close_all_but, _confine
-    keeper = _fork_child, _children, _kill_all, _times, _watch, _clear_away, _keeper
+    keeper = _fork_child, _children, _kill_all, _times, _thread_count, _life_lines, _watch, _clear_away, _keeper
     constants = f"_REFUSED, _NEWER = {_REFUSED!r}, {_NEWER!r}"
     return "\n".join([constants, *(inspect.getsource(f) for f in walls + keeper)])

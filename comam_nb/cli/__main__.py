@@ -10,6 +10,7 @@ import argparse, os, sys, warnings
 from collections.abc import Sequence
 
 from .. import __version__
+from ..base.shown import printable, visible_streams
 from .answer import add_answer
 from .chat import add_chat
 from .evaluate import add_eval
@@ -34,12 +35,14 @@ def _parser()->argparse.ArgumentParser:
 # %% ../../nbs/source/cli/07_comam.ipynb #fe16ed3e
 _QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
+@visible_streams()
 def main(
     argv:Sequence[str]|None=None, # arguments; None takes sys.argv
 )->int: # 0; 2 for bad input; 130 after Ctrl-C; 1 where another process of the run was lost
     "The entry point of `comam`."
     args, others = _parser().parse_args(argv), int(os.environ.get("RANK", 0)) > 0
     def say(line):
+        line = printable(" ".join(str(line).split()), one_line=True)
         if not others: print(f"comam: {line}", file=sys.stderr, flush=True)
     if others: sys.stdout = open(os.devnull, "w") # one of several processes: the first one speaks for all
     for name, value in _QUIET.items(): os.environ.setdefault(name, value)

@@ -9,8 +9,9 @@ __all__ = []
 import argparse, sys
 
 from ..base.errors import StoreError
+from ..base.shown import printable
 from .common import add_endpoint_arguments, add_model_arguments, fill_model_arguments
-from .common import language_team, printable
+from .common import language_team
 from ..runs.folder import CommandError
 
 # %% ../../nbs/source/cli/06_chat.ipynb #e749d311
@@ -73,7 +74,7 @@ def _chat(args)->int: # exit code
                 said = talk.say(line)
             except ValueError as e: # ours, of any kind: the talk goes on
                 if not type(e).__module__.startswith("comam_nb"): raise
-                print(f"  no reply: {printable(str(e))}", flush=True)
+                print(f"  no reply: {printable(str(e), True)}", flush=True)
                 continue
             print(printable(said.reply))
             for i in said.stored: print(f"  + {list(i.cites)} {printable(i.text, True)}")

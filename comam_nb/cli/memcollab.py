@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
+from ..base.shown import printable, visible_streams
 from .memcollab_build import add_build
 from .memcollab_eval import add_eval
 from .memcollab_show import add_show
@@ -36,6 +37,11 @@ def _parser():
 # %% ../../nbs/source/cli/13_memcollab.ipynb #492ea36d
 _QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
+def _say(line:object)->None:
+    line = printable(" ".join(str(line).split()), one_line=True)
+    print(f"memcollab: {line}", file=sys.stderr)
+
+@visible_streams()
 def main(
     argv:Sequence[str]|None=None, # arguments; None takes sys.argv
 )->int: # 0, 2 for bad input, 130 after Ctrl-C
@@ -45,13 +51,13 @@ def main(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore")
         warnings.filterwarnings("always", category=UserWarning, module=r"comam_nb\.")
-        warnings.showwarning = lambda message, *rest, **more: print(f"memcollab: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *rest, **more: _say(message)
         try: return args.run(args)
         except KeyboardInterrupt:
-            print("memcollab: stopped; what was done is kept, the same command goes on", file=sys.stderr)
+            _say("stopped; what was done is kept, the same command goes on")
             return 130
         except (ValueError, OSError) as e:
             ours = isinstance(e, OSError) or type(e).__module__.startswith("comam_nb")
             if not ours: raise # a bug of ours: show all of it
-            print(f"memcollab: {' '.join(str(e).split())}", file=sys.stderr)
+            _say(e)
             return 2

@@ -6,7 +6,7 @@
 __all__ = ['Job', 'Recall']
 
 # %% ../../nbs/source/cli/08_memcollab_tasks.ipynb #6f00c3cd
-import argparse, threading
+import argparse, os, threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -125,6 +125,7 @@ class Job:
             "addresses with commas, http://a/v1,http://b/v1#MODEL; or replay:FILE") # for --help
     def __init__(self, args:argparse.Namespace):
         self.args = args
+        if getattr(args, "unsafe_ok", False): os.environ["COMAM_UNSAFE_OK"] = "1" # see `require_walls`
         self._models:dict[str, "Chat"] = {}
     @staticmethod
     def add_arguments(p:argparse.ArgumentParser, out:str="", samples:bool=True, required:bool=True)->None:
@@ -356,6 +357,8 @@ def _job_arguments(p, samples, required): # but for the bank and the solvers
     add_endpoint_arguments(p)
     p.add_argument("--batch-size", type=int, default=8, help="conversations of a local model at once (default 8)")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
+    p.add_argument("--unsafe-ok", action="store_true", help="run code that models write also where the sandbox has "
+                   "missing walls: for machines that have nothing to lose")
 
 def _bank_arguments(p, out): # of a command in which an agent uses a bank
     p.add_argument("--bank", required=True, help="what build wrote: a file, or postgresql://user@host/database")

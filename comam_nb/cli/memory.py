@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..base.files import write_whole
-from .common import printable
+from ..base.shown import printable
 from ..runs.folder import CommandError
 
 # %% ../../nbs/source/cli/06_memory.ipynb #bbefa6a5

@@ -6,14 +6,14 @@
 __all__ = ['without_login', 'EndpointChat', 'EndpointPool']
 
 # %% ../../nbs/source/lm/07_endpoints.ipynb #671e2e80
-import json, math, os, random, re, threading, time, warnings
+import base64, json, math, os, random, re, threading, time, warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from ..base.errors import ChatDown, MemCollabError
 from .chat import ChatModel, Reply
@@ -81,6 +81,8 @@ def _parts(content)->tuple[str, str]:
     return "".join(thinking), "".join(text)
 
 # %% ../../nbs/source/lm/07_endpoints.ipynb #b10cac4d
+_EXCERPT = 2000 # bytes of a strange answer that are looked at: keys are hidden in them before they are cut to a line
+
 def _read_reply(
     body:bytes, # what the server sent
     asked:int=0, # characters in the prompt, for servers that do not count tokens
@@ -88,15 +90,16 @@ def _read_reply(
 )->Reply:
     "A reply from the JSON of a chat completion; raises `ValueError` for anything else."
     try: data = json.loads(body)
-    except (ValueError, RecursionError): raise ValueError(f"no JSON but {body[:60]!r}") from None
+    except (ValueError, RecursionError): raise ValueError(f"no JSON but {body[:_EXCERPT]!r}") from None
     choices = data.get("choices") if isinstance(data, dict) else None
     first = choices[0] if isinstance(choices, list) and choices else None
     message = first.get("message") if isinstance(first, dict) else None
-    if not isinstance(first, dict) or not isinstance(message, dict): raise ValueError(f"no message in {body[:120]!r}")
+    if not isinstance(first, dict) or not isinstance(message, dict):
+        raise ValueError(f"no message in {body[:_EXCERPT]!r}")
     finish, content = str(first.get("finish_reason") or ""), message.get("content")
     if content is None: content = message.get("refusal") or ""
     try: thinking, text = _parts(content)
-    except ValueError as e: raise ValueError(f"{e}: {body[:120]!r}") from None
+    except ValueError as e: raise ValueError(f"{e}: {body[:_EXCERPT]!r}") from None
     beside = message.get("reasoning_content") or message.get("reasoning")
     if isinstance(beside, str): thinking += beside
     if thinking and not text.strip() and finish != "length" and not message.get("tool_calls"):
@@ -148,7 +151,7 @@ def _judge(
     status, body = getattr(error, "status_code", None), getattr(error, "body", None)
     details = body if isinstance(body, dict) else {}
     at = error.__cause__ if status is None and error.__cause__ is not None else error # "connection refused", …
-    why = " ".join(f"{type(at).__name__}: {at}".split())[:300]
+    why = " ".join(f"{type(at).__name__}: {at}"[:2*_EXCERPT].split()) # keys and all: see `_attempt`
     if status is None: return _Fault("again", why)
     if status in (400, 413, 422) and _TOO_MUCH.search(_said(error)):
         said, asked = _said(error), _number(_ANSWER, _said(error)) or 0
@@ -179,6 +182,16 @@ def without_login(
 )->str: # the same without names and passwords
     "An address as it may be shown, or kept in a file."
     return re.sub(r"(?<=://)[^/\s?#,]*@", "", text)
+
+def _login_parts(
+    url:str, # with or without a login
+)->list[str]: # what a server may say again
+    "What must not be seen of an address: the password, a name that stands alone, and both as a header has them."
+    parts = urlsplit(url)
+    name, password = parts.username or "", parts.password or ""
+    header = base64.b64encode(f"{unquote(name)}:{unquote(password)}".encode("utf-8", "replace")).decode()
+    found = [password or name, unquote(password or name), header if name else ""]
+    return [s for s in dict.fromkeys(found) if s]
 
 def _where(url:str)->str: # host:port
     parts = urlsplit(without_login(url))
@@ -277,8 +290,7 @@ class EndpointChat(ChatModel):
             if value < least: raise MemCollabError(f"{what} is {value!r}: use {least:g} or more")
         import openai
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
-        password = urlsplit(base_url).password or ""
-        self._secrets = [s for s in (key, password, unquote(password)) if s]
+        self._secrets = [key, quote(key, safe=""), *_login_parts(base_url)]
         client = openai.OpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=0)
         self.name, self.base_url, self.workers, self.retries, self.backoff = model, base_url, workers, retries, backoff
         self.extra, self.limit = dict(extra or {}), _RateLimit(requests_per_minute)
@@ -304,7 +316,7 @@ class EndpointChat(ChatModel):
         try: return self._server.ask(messages, max_tokens, temperature=temperature, seed=seed, top_p=top_p), None
         except (TypeError, AttributeError, KeyError): raise # a mistake in the program, not in the network
         except Exception as e: fault = _judge(e)
-        fault = replace(fault, why=_hidden(fault.why, self._secrets))
+        fault = replace(fault, why=_hidden(fault.why, self._secrets)[:300])
         return (Reply("", finish=f"refused: {fault.why}"), None) if fault.kind == "refused" else (None, fault)
     def __repr__(self):
         return f"EndpointChat({self.name!r} at {_where(self.base_url)}, {self.workers} workers)"

@@ -150,8 +150,9 @@ class ConstraintBank:
     def __exit__(self, *exc): self.close()
     def __len__(self)->int: return len(self.past)
     def __repr__(self):
+        if self.file.closed: return f"ConstraintBank({self.path!r}, closed)"
         what = f"{len(self)} entries, version {self.version}"
-        return f"ConstraintBank({self.path!r}, {'closed' if self.file.closed else what})"
+        return f"ConstraintBank({self.path!r}, {what})"
     def _repr_html_(self):
         if self.file.closed: return html.escape(repr(self))
         cells = [(html.escape(title), len(cs), sum(c.support for c in cs))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..base.errors import ChatDown, MemCollabError
 from ..base.files import Journal, read_lines
+from ..checks.sandbox import require_walls
 from ..checks.tasks import Task
 from ..lm.chat import Reply
 from .attempts import Attempt, Solver
@@ -131,7 +132,8 @@ def solve(
     """Let every solver try every task, and record each attempt as it is finished.
     Can be killed and called again. `memory` is called from several threads.
     Raises `ChatDown`, which carries what is `done`, if tasks are left because a model
-    could not be reached; `MemCollabError` for bad input."""
+    could not be reached; `MemCollabError` for bad input, and where code of a model
+    would have to run without walls."""
     tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
     solvers = [solvers] if isinstance(solvers, Solver) else list(solvers)
     for what, n in dict(samples=samples, patience=patience, workers=workers).items():
@@ -140,6 +142,8 @@ def solve(
             raise MemCollabError(f"{what} is {n!r}: use a whole number from 1")
     given = {(t.id, t.hash, i): (t, i) for t in tasks for i in range(samples)}
     jobs = list(given.values()) # a task that is given twice is solved once
+    runs_code = any(s.style in ("code", "agent") for s in solvers)
+    if runs_code or any(t.check.get("kind") == "code" for t in tasks): require_walls()
     journal = path if isinstance(path, Journal) else Attempt.journal(path)
     with nullcontext() if journal is path else journal:
         _check_solvers(solvers, journal.records, journal.path)

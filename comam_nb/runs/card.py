@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..base.files import write_json, write_whole
+from ..base.shown import markdown_text
 from .folder import CommandError, Run
 
 # %% ../../nbs/source/runs/14_card.ipynb #8d5f3b5b
@@ -39,7 +40,7 @@ def _scores(summary:dict)->list[str]: # lines of a table
     lines = [f"| | {' | '.join(when)} |", "|---" * (len(when) + 1) + "|"]
     for metric in summary["after"]:
         cells = [str(Interval(**summary[k][metric])) for k in when]
-        lines.append(f"| {metric} | {' | '.join(cells)} |")
+        lines.append(f"| {markdown_text(metric)} | {' | '.join(cells)} |")
     return lines
 
 # %% ../../nbs/source/runs/14_card.ipynb #c709f593
@@ -69,7 +70,7 @@ def write_card(
                            "--resume") from None
     ids, base = run.read("episodes.json") or {}, config.get("backbone")
     how = {k: config[k] for k in _TOLD if config.get(k) is not None and config[k] is not False}
-    libraries = ", ".join(f"{k} {_plain(v)}" for k, v in summary.get("versions", {}).items())
+    libraries = ", ".join(markdown_text(f"{k} {v}") for k, v in summary.get("versions", {}).items())
     head = ["library_name: peft", "tags: [comam, memory, grpo]"]
     if base and _on_hub(base): head.append(f"base_model: {json.dumps(_plain(base))}")
     held = "" if ids.get("validation") else " Nothing was held out: the scores are of training episodes."

@@ -19,6 +19,7 @@ from ..agents import Agent
 from ..base.errors import DataError
 from ..base.fences import unmarked
 from ..base.files import write_whole
+from ..base.shown import markdown_text
 from ..base.statistics import bootstrap, comparison_table
 from ..data import Episode, Query
 from ..lm.backbone import Backbone
@@ -66,12 +67,13 @@ def group_table(
     by_id, ids, _ = _aligned(runs)
     first = next(iter(by_id.values()))
     groups = sorted({first[i][by] for i in ids}, key=lambda v: (v is None, v))
-    lines = [f"| {by} | n | " + " | ".join(runs) + " |", "|---|---|" + "---|" * len(runs)]
+    lines = [f"| {by} | n | " + " | ".join(map(markdown_text, runs)) + " |", "|---|---|" + "---|" * len(runs)]
     for g in groups:
         some = [i for i in ids if first[i][by] == g]
         _, clusters = _drawn_whole([first[i] for i in some])
         cells = [str(bootstrap([b[i][field] for i in some], clusters=clusters)) for b in by_id.values()]
-        lines.append(f"| {'not known' if g is None else g} | {len(some)} | " + " | ".join(cells) + " |")
+        called = "not known" if g is None else markdown_text(str(g))
+        lines.append(f"| {called} | {len(some)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 def cost_table(
@@ -85,7 +87,7 @@ def cost_table(
         asking = [np.mean([r[c] for r in records]) for c in costs]
         building = [np.mean([(r["building"] or {}).get(c, 0) for r in records]) for c in costs]
         cells = [f"{s:.3f} | {read:.0f} | {written:.0f}" for s, read, written in (asking, building)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {markdown_text(name)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 # %% ../../nbs/source/runs/06_reports.ipynb #146e0e48
@@ -246,7 +248,7 @@ def _debiased_table(runs:dict[str, list[dict]], chance:list[dict])->str: # Markd
         official = bootstrap(right, clusters=who(ids))
         wrong = bootstrap([b[i]["right"] for i in missed], clusters=who(missed)) if missed else "–"
         balanced = balanced_accuracy(right, w, who(ids)) or "–"
-        lines.append(f"| {name} | {official} | {wrong} | {balanced} |")
+        lines.append(f"| {markdown_text(name)} | {official} | {wrong} | {balanced} |")
     return "\n".join(lines)
 
 # %% ../../nbs/source/runs/06_reports.ipynb #46700412

@@ -6,13 +6,14 @@
 __all__ = ['export_json', 'by_category', 'export_markdown', 'export_html', 'ImportReport', 'import_entries']
 
 # %% ../../nbs/source/store/04_exchange.ipynb #c2ad7706
-import hashlib, html, json, re
+import hashlib, html, json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..base.errors import MemCollabError
 from ..base.files import write_whole
+from ..base.shown import markdown_text
 from ..checks.constraints import Constraint, validate
 from .bank_file import BankHistory, BankRows
 
@@ -31,9 +32,6 @@ def export_json(
     return write_whole(path, json.dumps(head | {"entries": rows}, indent=1, ensure_ascii=False) + "\n")
 
 # %% ../../nbs/source/store/04_exchange.ipynb #74f66d0f
-def _markdown(text:str)->str:
-    "Text in which Markdown and HTML see nothing but text."
-    return re.sub(r"([\\`*_\[\]|#~!])", r"\\\1", html.escape(text, quote=False))
 def by_category(
     entries:Iterable[Constraint],
 )->list[tuple[str,list[Constraint]]]: # (category and subcategory for people, entries)
@@ -49,14 +47,14 @@ def export_markdown(
     version:int|None=None, # as of then; None: now
 )->Path: # the file
     "A page for people, by category; raises `MemCollabError`."
-    name, shown = _markdown(Path(bank.file.path).name), bank.file.version if version is None else version
+    name, shown = markdown_text(Path(bank.file.path).name), bank.file.version if version is None else version
     lines = [f"# Constraints of {name}, version {shown}"]
     for title, entries in by_category(bank.entries(version=version)):
-        lines += ["", f"## {_markdown(title)}", ""]
+        lines += ["", f"## {markdown_text(title)}", ""]
         for c in entries:
-            models = _markdown(", ".join(c.models)) or "no model named"
-            facts = f"{c.status}; support {c.support}; {models}; {len(c.task_hashes)} tasks; id {c.id}"
-            lines.append(f"- {_markdown(str(c))} ({facts})")
+            models = markdown_text(", ".join(c.models)) or "no model named"
+            facts = f"{markdown_text(c.status)}; support {c.support}; {models}; {len(c.task_hashes)} tasks; id {c.id}"
+            lines.append(f"- {markdown_text(str(c))} ({facts})")
     return write_whole(path, "\n".join(lines) + "\n")
 _HEAD = ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
          'content="default-src \'none\'; style-src \'unsafe-inline\'"><title>{title}</title><style>'
@@ -71,7 +69,7 @@ def export_html(
     e, body, name = html.escape, "", html.escape(Path(bank.file.path).name)
     columns = "".join(f"<th>{x}</th>" for x in ("constraint", "status", "support", "models", "tasks", "id"))
     for title, entries in by_category(bank.entries(version=version)):
-        rows = [(e(str(c)), c.status, c.support, e(", ".join(c.models)), len(c.task_hashes), c.id) for c in entries]
+        rows = [(e(str(c)), e(c.status), c.support, e(", ".join(c.models)), len(c.task_hashes), c.id) for c in entries]
         table = "".join(f"<tr>{''.join(f'<td>{x}</td>' for x in row)}</tr>" for row in rows)
         body += f"<h2>{e(title)}</h2><table><tr>{columns}</tr>{table}</table>\n"
     shown = bank.file.version if version is None else version

@@ -214,5 +214,6 @@ class MemorySystem:
 
 # %% ../../nbs/source/systems/01_interface.ipynb #7ffcb378
 def _system_html(system):
-    rows = "".join(f"<li>{html.escape(n.text)} {list(n.cites)}</li>" for n in system.memory())
-    return f"<p><b>{system.name}</b> after {system.sessions} sessions (turns in brackets):</p><ol>{rows}</ol>"
+    rows = "".join(f"<li>{html.escape(f'{n.text} {list(n.cites)}')}</li>" for n in system.memory())
+    name = html.escape(system.name)
+    return f"<p><b>{name}</b> after {system.sessions} sessions (turns in brackets):</p><ol>{rows}</ol>"
