@@ -15,7 +15,7 @@ from typing import Any
 
 from .agents import Action, Agent, ExtractionAgent, Note
 from .agents import ProfileAgent, RetrievalAgent, act
-from .base.errors import DataError
+from .base.errors import BackboneError, DataError
 from .base.files import write_whole
 from .data import Episode, Query, Session, example_episode
 from .lm.decoding import own_draws
@@ -210,7 +210,10 @@ def rollout(
             states, times = [t.final for _, t in flat], 1
             draws = None if draws is None else draws.flatten(0, 1)[:, None]
         seen = agent.look_up(states)
-        decided = act(agent, seen, times, temperature, batch_size, draws)
+        try: decided = act(agent, seen, times, temperature, batch_size, draws)
+        except BackboneError as e:
+            if type(e) is BackboneError: e.args = (f"the {name} agent: {e}",)
+            raise
         acts = [(s, d) for s, some in zip(seen, decided) for d in some] # E·G
         for (m, t), (s, d) in zip(flat, acts):
             ids = d.sample.prompt_ids, d.sample.ids
