@@ -17,6 +17,7 @@ from .agents import Action, Agent, ExtractionAgent, Note
 from .agents import ProfileAgent, RetrievalAgent, act
 from .base.errors import BackboneError, DataError
 from .base.files import write_whole
+from .base.values import parse_json
 from .data import Episode, Query, Session, example_episode
 from .lm.decoding import own_draws
 
@@ -258,10 +259,11 @@ def read_trajectories(
 )->list[Trajectory]: # in the order of the file
     "Read trajectories; raises `DataError` with file and line for a bad one."
     out = []
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            try: out.append(Trajectory.from_json(json.loads(line), intervene))
-            except (ValueError, KeyError, TypeError) as e: # broken JSON is a ValueError
-                why = f"not a trajectory ({type(e).__name__}: {e})"
-                raise DataError(f"{path}, line {number}: {why}") from e
+    wrong = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        if not line.strip(): continue
+        try: out.append(Trajectory.from_json(parse_json(line), intervene))
+        except wrong as e: # broken JSON is a ValueError
+            why = f"not a trajectory ({type(e).__name__}: {e})"
+            raise DataError(f"{path}, line {number}: {why}") from e
     return out

@@ -48,4 +48,4 @@ def read_citations(
         numbers.extend(found)
         return "\0"
     rest = _CUT_OFF.sub("", _BRACKETS.sub(read, text))
-    return numbers, re.sub(r"\0+(?=[.,;:!?…。，；！？])", "", rest).replace("\0", " ") # no space before a full stop
+    return numbers, re.sub(r"(?<!\0)\0+(?=[.,;:!?…。，；！？])", "", rest).replace("\0", " ") # no space before a full stop

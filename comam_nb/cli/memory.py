@@ -10,6 +10,7 @@ import argparse, json
 from pathlib import Path
 
 from ..base.files import write_whole
+from ..base.values import parse_json
 from .common import printable
 from ..runs.folder import CommandError
 
@@ -94,7 +95,7 @@ def _read_rows(path)->tuple[list, list]: # items, sessions that were read
     for n, line in enumerate(lines, 1):
         if not line.strip(): continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if "item" in row: items.append(MemoryItem.from_json(row["item"]))
             else: read.append(tuple(row["read"]))
             if items and not items[-1].id: raise ValueError("an item without an id")

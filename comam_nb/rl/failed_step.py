@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/source/rl/03_failed_step.ipynb #4a93421b
+# %% ../../nbs/source/rl/03_failed_step.ipynb #907b2336
 import json, math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch.nn.utils import get_total_norm
 
-from comam_nb.agents import Agent
 from comam_nb.base.errors import CreditError, DataError
 from comam_nb.base.files import write_whole
 from comam_nb.credit import Credit, assign
@@ -189,7 +188,7 @@ def keep_failed(
     except (OSError, ValueError) as e: return f"step {record.step}: {record.why} (its state could not be kept: {e})"
     return f"step {record.step}: {record.why}; look at it with: comam replay {path}"
 
-# %% ../../nbs/source/rl/03_failed_step.ipynb #3b7ea854
+# %% ../../nbs/source/rl/03_failed_step.ipynb #7c7efb68
 def _scores_again(record:StepRecord, rewards:Callable|None)->Iterator[str]:
     if rewards is not None and record.groups:
         try: local, answers = check_scores(rewards(record.groups), record.groups)
@@ -217,7 +216,7 @@ def _credit_again(record:StepRecord)->tuple[list[str], torch.Tensor|None]:
     return out, group_advantages(credit.rewards)
 
 def _losses_again(record:StepRecord, team:Team, names:Sequence[str], advantages:torch.Tensor)->Iterator[str]:
-    agents, E = [t.agent for t in record.groups[0][0].transitions], len(record.groups)
+    agents = [t.agent for t in record.groups[0][0].transitions]
     for name in names:
         acts = [(e, i, t[name]) for e, g in zip(record.episodes, record.groups) for i, t in enumerate(g, 1)]
         prompts, texts = zip(*((x.prompt_ids, x.action_ids) for *_, x in acts))

@@ -74,8 +74,9 @@ class _Watch(TrainerCallback):
         if not sick: return
         names = [repr(e.id or e.query.id) for e in self.trainer.joint.record.episodes]
         more = f" and {len(names) - 3} more" * (len(names) > 3)
-        raise BackboneError(f"{sick} {when} episode{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}: go back to an "
-                            f"earlier checkpoint, with a learning rate below {args.learning_rate}")
+        where = f"episode{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"
+        raise BackboneError(f"{sick} {when} {where}: go back to an earlier checkpoint, with a learning rate "
+                            f"below {args.learning_rate}")
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         scaled = getattr(self.trainer.accelerator, "scaler", None) # float16: it leaves out updates that are too large
         if not scaled: self._look(args, True, "before the update on")

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..base.errors import DataError, MemCollabError
 from ..base.files import lock_file
+from ..base.values import parse_json
 from ..data import Episode
 from ..readers.scores import answer_reward
 from ..systems.interface import Answer, MemorySystem
@@ -124,9 +125,10 @@ def read_run(
     out, size = [], 0
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if not isinstance(record, dict) or ("run" if number == 1 else "id") not in record:
                 raise ValueError("not a line of a run file")
+            if number > 1 and not isinstance(record["id"], str): raise ValueError("the id is no text")
         except ValueError as e:
             if number == len(lines) and number > 1: break
             raise DataError(f"{path}, line {number}: {e}. Is this a run file? Remove it, or name another.") from None
