@@ -16,7 +16,7 @@ from typing import Any
 from .agents import Action, Agent, ExtractionAgent, Note
 from .agents import ProfileAgent, RetrievalAgent, act
 from .base.errors import BackboneError, DataError
-from .base.files import write_whole
+from .base.files import ordinary_file, write_whole
 from .base.values import parse_json
 from .data import Episode, Query, Session, example_episode
 from .lm.decoding import own_draws
@@ -260,7 +260,7 @@ def read_trajectories(
     "Read trajectories; raises `DataError` with file and line for a bad one."
     out = []
     wrong = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(ordinary_file(path).read_bytes().split(b"\n"), 1):
         if not line.strip(): continue
         try: out.append(Trajectory.from_json(parse_json(line), intervene))
         except wrong as e: # broken JSON is a ValueError

@@ -100,6 +100,19 @@ def last_checkpoint(
         say(f"{p} is not whole ({why}): it is passed over")
     return None
 
+# %% ../../nbs/source/base/02_files.ipynb #32b4d292
+def ordinary_file(
+    path:str|Path, # what somebody named
+)->Path:
+    "The path. Raises `DataError` if nothing is there, or no file with a beginning and an end."
+    path = Path(path)
+    try:
+        if path.is_file(): return path
+        there = path.exists()
+    except (OSError, ValueError) as e: raise DataError(f"{str(path)!r} cannot be looked at ({e}): check the path") from None
+    if not there: raise DataError(f"{path}: there is no such file: check the path")
+    raise DataError(f"{path}: a folder, a pipe or a device, and no file: give a file")
+
 # %% ../../nbs/source/base/02_files.ipynb #fd19471b
 _Record = TypeVar("_Record")
 
@@ -116,7 +129,7 @@ def read_lines(
         last, start = number == len(pieces), line[:len(head)]
         if not line.strip(): continue
         try: out.append(parse(parse_json(line)))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ArithmeticError) as e:
             ours = head.encode().startswith(start) or not line.strip(b"\0")
             if last and ours: return out, len(data) - len(line), "torn"
             why = f"{type(e).__name__}: {str(e)[:100]}"

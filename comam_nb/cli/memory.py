@@ -7,9 +7,8 @@ __all__ = []
 
 # %% ../../nbs/source/cli/06_memory.ipynb #657f07d6
 import argparse, json
-from pathlib import Path
 
-from ..base.files import write_whole
+from ..base.files import ordinary_file, write_whole
 from ..base.values import parse_json
 from .common import printable
 from ..runs.folder import CommandError
@@ -90,7 +89,7 @@ def _read_rows(path)->tuple[list, list]: # items, sessions that were read
     "What `_export` wrote. Raises `CommandError` with the line that is none of it."
     from comam_nb.store.items import MemoryItem
     items, read = [], []
-    try: lines = Path(path).read_text(encoding="utf-8").splitlines()
+    try: lines = ordinary_file(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError: raise CommandError(f"{path} is no text in UTF-8: nothing was imported") from None
     for n, line in enumerate(lines, 1):
         if not line.strip(): continue

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..base.errors import MemCollabError
-from ..base.files import write_whole
+from ..base.files import ordinary_file, write_whole
 from ..base.statistics import Interval, mcnemar, paired
 from ..base.values import parse_json
 from ..checks.tasks import Task
@@ -48,7 +48,7 @@ class _Outcome:
 def _read_results(path):
     "What a file of `Results` holds, by name."
     try:
-        d = parse_json(Path(path).read_bytes())
+        d = parse_json(ordinary_file(path).read_bytes())
         outcomes = [_Outcome.from_json(o) for o in d["outcomes"]]
         return dict(outcomes=outcomes, notes=list(d["notes"]), about=dict(d["about"] or {}))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:

@@ -10,6 +10,7 @@ import ast, gzip, importlib.util, re
 from pathlib import Path
 
 from ..base.errors import DataError, MemCollabError
+from ..base.files import ordinary_file
 from ..base.values import parse_json, shown
 from ..checks.code_answers import called_names
 from ..checks.sandbox import parse_python
@@ -18,10 +19,10 @@ from ..checks.tasks import Task, validate_check
 # %% ../../nbs/source/readers/05_task_files.ipynb #134b90b6
 def _rows(path):
     "(where, row) for each object of a JSONL file, a JSON list, or either of them gzipped. Raises `MemCollabError`."
-    path = Path(path)
+    try: path = ordinary_file(path)
+    except DataError as e: raise MemCollabError(f"{e}") from None
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f: text = f.read()
-    except FileNotFoundError: raise MemCollabError(f"{path}: there is no such file: check the path") from None
     except (OSError, EOFError, UnicodeDecodeError) as e:
         raise MemCollabError(f"{path}: cannot be read ({e}): give JSON lines in UTF-8") from None
     if text.lstrip()[:1] == "[": rows = [(f"{path}, item {i}", r) for i, r in enumerate(_json(text, f"{path}"), 1)]

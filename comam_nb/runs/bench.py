@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..base.errors import DataError, MemCollabError
-from ..base.files import lock_file
+from ..base.files import lock_file, ordinary_file
 from ..base.values import parse_json
 from ..data import Episode
 from ..readers.scores import answer_reward
@@ -118,7 +118,7 @@ def read_run(
     path:str|Path, # a run file
 )->tuple[dict|None, dict[str, dict], int]: # header, records by id, length in bytes of what could be read
     "Read a run file, without a torn last line. Raises `DataError` for another kind of file, or another broken line."
-    data, start = Path(path).read_bytes() if Path(path).exists() else b"", b'{"run": '
+    data, start = ordinary_file(path).read_bytes() if Path(path).exists() else b"", b'{"run": '
     if data[:len(start)] != start[:len(data)]:
         raise DataError(f"{path}: this is no run file. Name another one: a run would overwrite it.")
     lines = data.split(b"\n")[:-1] # what stands behind the last line end is torn, or empty

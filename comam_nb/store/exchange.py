@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..base.errors import MemCollabError
-from ..base.files import write_whole
+from ..base.errors import DataError, MemCollabError
+from ..base.files import ordinary_file, write_whole
 from ..base.values import json_fault, parse_json, shown
 from ..checks.constraints import Constraint, validate
 from .bank_file import BankHistory, BankRows
@@ -106,7 +106,8 @@ def _read_exchange(
 )->tuple[list[tuple[str,object]],str]: # (where, entry or exception), hash of the file
     "Raw entries of an exchange file; raises `MemCollabError` for a file that is none."
     again = "give a file that export_json or export_jsonl wrote"
-    try: data = Path(path).read_bytes()
+    try: data = ordinary_file(path).read_bytes()
+    except DataError as e: raise MemCollabError(f"{path} cannot be read: {e}") from None
     except OSError as e: raise MemCollabError(f"{path} cannot be read: {e.strerror}: check the path") from None
     mark = hashlib.sha256(data).hexdigest()[:16]
     try:

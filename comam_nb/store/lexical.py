@@ -433,7 +433,7 @@ def _sound(l:_Lists, text:np.ndarray, n:int)->bool:
     "Whether the numbers of a thawed list point where they may."
     ends = len(l.starts) == len(l.names) + 1 and l.names.ends[-1] == len(text)
     rising = all((np.diff(x) >= 0).all() and x[0] >= 0 for x in (l.starts, l.names.ends)) and l.docs.min(initial=0) >= 0
-    if not (ends and rising): return False
+    if not (ends and rising and l.starts[0] == l.names.ends[0] == 0): return False
     bytes(text).decode() # UnicodeDecodeError is a ValueError
     cut = text[l.names.ends[:-1]] if len(text) else text # where a name begins
     if ((cut & 0xc0) == 0x80).any(): return False # in the middle of a character
@@ -451,6 +451,7 @@ def _thaw(
         for kind, n in parse_json(layout):
             arrays.append(np.frombuffer(data, kind, n, at)); begins.append(at)
             at += arrays[-1].nbytes
+            if arrays[-1].dtype.kind not in "iu": return None
         lists = []
         for i in range(1, 26, 5): # five lists of five arrays each, behind the row numbers
             _, ends, starts, docs, counts = arrays[i:i + 5]
