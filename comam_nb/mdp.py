@@ -15,8 +15,9 @@ from typing import Any
 
 from .agents import Action, Agent, ExtractionAgent, Note
 from .agents import ProfileAgent, RetrievalAgent, act
-from .base.errors import DataError
-from .base.files import write_whole
+from .base.errors import BackboneError, DataError
+from .base.files import ordinary_file, write_whole
+from .base.values import parse_json
 from .data import Episode, Query, Session, example_episode
 from .lm.decoding import own_draws
 
@@ -222,7 +223,10 @@ def rollout(
             states, times = [t.final for _, t in flat], 1
             draws = None if draws is None else draws.flatten(0, 1)[:, None]
         seen = agent.look_up(states)
-        decided = act(agent, seen, times, temperature, batch_size, draws)
+        try: decided = act(agent, seen, times, temperature, batch_size, draws)
+        except BackboneError as e:
+            if type(e) is BackboneError: e.args = (f"the {name} agent: {e}",)
+            raise
         acts = [(s, d) for s, some in zip(seen, decided) for d in some] # E·G
         for (m, t), (s, d) in zip(flat, acts):
             ids = d.sample.prompt_ids, d.sample.ids
@@ -268,10 +272,11 @@ def read_trajectories(
 )->list[Trajectory]: # in the order of the file
     "Read trajectories; raises `DataError` with file and line for a bad one."
     out = []
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            try: out.append(Trajectory.from_json(json.loads(line), intervene, process))
-            except (ValueError, KeyError, TypeError) as e: # broken JSON is a ValueError
-                why = f"not a trajectory ({type(e).__name__}: {e})"
-                raise DataError(f"{path}, line {number}: {why}") from e
+    wrong = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+    for number, line in enumerate(ordinary_file(path).read_bytes().split(b"\n"), 1):
+        if not line.strip(): continue
+        try: out.append(Trajectory.from_json(parse_json(line), intervene, process))
+        except wrong as e: # broken JSON is a ValueError
+            why = f"not a trajectory ({type(e).__name__}: {e})"
+            raise DataError(f"{path}, line {number}: {why}") from e
     return out

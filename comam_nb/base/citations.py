@@ -50,7 +50,7 @@ def read_citations(
         numbers.extend(found)
         return "\0"
     rest = _CUT_OFF.sub("", _BRACKETS.sub(read, text))
-    return numbers, re.sub(r"\0+(?=[.,;:!?…。，；！？])", "", rest).replace("\0", " ") # no space before a full stop
+    return numbers, re.sub(r"(?<!\0)\0+(?=[.,;:!?…。，；！？])", "", rest).replace("\0", " ") # no space before a full stop
 
 # %% ../../nbs/source/base/08_citations.ipynb #5b7e20c4
 _LINES = range(1, 1000) # more than any prompt has

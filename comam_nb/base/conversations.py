@@ -14,6 +14,7 @@ from typing import Any
 
 from .errors import DataError
 from .fields import error_place, get_field
+from .values import shown
 
 # %% ../../nbs/source/base/11_conversations.ipynb #7696f7de
 _ROLES = ("user", "assistant", "system")
@@ -251,7 +252,7 @@ def _as_message(
     if isinstance(m, Message): return m
     if isinstance(m, (tuple, list)) and len(m) == 2: m = dict(role=m[0], content=m[1])
     if not isinstance(m, dict):
-        raise DataError(f"{where}: {m!r} is not a message. "
+        raise DataError(f"{where}: {shown(m)} is not a message. "
                         "Give a list of sessions, each a list of (role, content) pairs.")
     return Message.from_json(m, where)
 
@@ -263,7 +264,11 @@ def make_history(
     A message is a `Message`, (role, content) or {"role", "content"}.
     Raises `DataError`."""
     out, turn = [], 0
+    if not isinstance(sessions, Iterable):
+        raise DataError(f"the history is {shown(sessions)}. Give a list of sessions.")
     for n, s in enumerate(sessions, 1):
+        if not isinstance(s, (Session, Iterable)):
+            raise DataError(f"session {n} is {shown(s)}. Give a list of messages.")
         s = s if isinstance(s, Session) else Session(f"s{n}", s)
         messages = []
         for i, m in enumerate(s.messages, 1):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import comam_nb
 from .errors import DataError, MemCollabError
+from .values import parse_json
 
 if TYPE_CHECKING: from filelock import FileLock
 
@@ -33,7 +34,9 @@ def write_whole(
     "Write a file whole or not at all. Raises `MemCollabError` with the system's reason."
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    try: data = content.encode("utf-8") if isinstance(content, str) else content
+    except UnicodeEncodeError:
+        raise MemCollabError(f"{path} cannot be written: a text holds half a character") from None
     try:
         with open(part, "wb") as f:
             f.write(data)
@@ -57,12 +60,12 @@ def _torn_file(path:Path)->bool:
     "Is this file cut short or unreadable? Only the ends of large files are read."
     size = path.stat().st_size
     if path.suffix == ".json":
-        try: json.loads(path.read_bytes())
+        try: parse_json(path.read_bytes())
         except ValueError: return True
     if path.suffix == ".safetensors": # 8 bytes: the header's length; the header; the tensors
         with open(path, "rb") as f:
             try:
-                header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+                header = parse_json(f.read(int.from_bytes(f.read(8), "little")))
                 ends = [t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"]
                 return size != f.tell() + max(ends, default=0)
             except (ValueError, OverflowError, MemoryError, AttributeError, KeyError, TypeError): return True
@@ -116,6 +119,19 @@ def put_in_place(
     _force(path.parent)
 
 
+# %% ../../nbs/source/base/02_files.ipynb #32b4d292
+def ordinary_file(
+    path:str|Path, # what somebody named
+)->Path:
+    "The path. Raises `DataError` if nothing is there, or no file with a beginning and an end."
+    path = Path(path)
+    try:
+        if path.is_file(): return path
+        there = path.exists()
+    except (OSError, ValueError) as e: raise DataError(f"{str(path)!r} cannot be looked at ({e}): check the path") from None
+    if not there: raise DataError(f"{path}: there is no such file: check the path")
+    raise DataError(f"{path}: a folder, a pipe or a device, and no file: give a file")
+
 # %% ../../nbs/source/base/02_files.ipynb #fd19471b
 _Record = TypeVar("_Record")
 
@@ -131,8 +147,8 @@ def read_lines(
     for number, line in enumerate(pieces, 1):
         last, start = number == len(pieces), line[:len(head)]
         if not line.strip(): continue
-        try: out.append(parse(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        try: out.append(parse(parse_json(line)))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ArithmeticError) as e:
             ours = head.encode().startswith(start) or not line.strip(b"\0")
             if last and ours: return out, len(data) - len(line), "torn"
             why = f"{type(e).__name__}: {str(e)[:100]}"

@@ -20,7 +20,7 @@ from ..lm.chat import without_thinking
 # %% ../../nbs/source/checks/06_code_answers.ipynb #03ecd595
 _FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[ \t]*([\w+-]*)(.*)$", re.M)
 _CODE_LINE = re.compile(r"\s|(?:def|class|import|from|async|if|for|while|try|except|finally|else|elif|with|return|print"
-                        r"|assert|raise|pass)\b|[@#)\]}'\"]|[\w.]+\s*(?:\(|\[.*\]\s*=|[-+*/%|&^]?=[^=]|:\s*\w+.*=)")
+                        r"|assert|raise|pass)\b|[@#)\]}'\"]|[\w.]+\s*(?:\(|\[.*\]\s*=|[-+*/%|&^]?=[^=]|:\s*\w.*=)")
 
 def _blocks(text:str)->list[tuple[str, str]]: # language in lower case, code
     "The fenced blocks of a text, in their order."
@@ -31,7 +31,8 @@ def _blocks(text:str)->list[tuple[str, str]]: # language in lower case, code
         else:
             end = re.compile(rf"^[ \t]*{fence}", re.M).search(text, m.end())
             code, at = text[m.end() + 1:end.start() if end else None], end.end() if end else len(text)
-            at = len(text) if not end else text.find("\n", at) if "\n" in text[at:] else len(text)
+            line_end = text.find("\n", at)
+            at = line_end if end and line_end >= 0 else len(text)
             code = "\n".join(l.removeprefix(margin) for l in code.split("\n"))
         out.append((lang.lower(), code))
     return out

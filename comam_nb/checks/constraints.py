@@ -9,11 +9,12 @@ __all__ = ['STATUSES', 'NEAR', 'one_line', 'Constraint', 'known_pairs', 'validat
 # %% ../../nbs/source/checks/08_constraints.ipynb #79d39520
 import ast, builtins, hashlib, html, json, keyword, math, operator, re, unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..base.errors import MemCollabError
 from ..base.fences import unquoted
+from ..base.values import json_fault, parse_json, shown
 from .code_answers import called_names
 from .tasks import Task
 from ..lm.chat import without_thinking
@@ -24,7 +25,7 @@ def one_line(
     where:str, # which field, for the error's text
 )->str: # the text, whitespace and line breaks as single spaces
     "Text as one line; raises `MemCollabError` for anything that is not text or cannot be written as UTF-8."
-    if not isinstance(value, str): raise MemCollabError(f"constraint: {where} is {value!r}: give a str")
+    if not isinstance(value, str): raise MemCollabError(f"constraint: {where} is {shown(value)}: give a str")
     try: value.encode("utf-8")
     except UnicodeEncodeError:
         raise MemCollabError(f"constraint: {where} holds half a character: decode with errors='replace'") from None
@@ -48,15 +49,17 @@ class Constraint:
     def __post_init__(self):
         for name in ("when", "enforce", "avoid", "category", "subcategory"):
             object.__setattr__(self, name, one_line(getattr(self, name), name))
-        if isinstance(self.models, str):
-            raise MemCollabError(f"constraint: models is {self.models!r}: give a list of names")
+        if isinstance(self.models, str) or not isinstance(self.models, Iterable):
+            raise MemCollabError(f"constraint: models is {shown(self.models)}: give a list of names")
         object.__setattr__(self, "models", tuple(one_line(m, "models") for m in self.models))
         if not isinstance(self.source, dict):
-            raise MemCollabError(f"constraint: source is {self.source!r}: give a dict")
+            raise MemCollabError(f"constraint: source is {shown(self.source)}: give a dict")
+        if why := json_fault(self.source):
+            raise MemCollabError(f"constraint: source holds {why}: give what JSON can hold")
         if isinstance(self.support, bool) or not isinstance(self.support, int) or not 1 <= self.support < 2**63:
-            raise MemCollabError(f"constraint: support is {self.support!r}: give a whole number from 1")
-        if self.status not in STATUSES:
-            raise MemCollabError(f"constraint: status is {self.status!r}: use one of {', '.join(STATUSES)}")
+            raise MemCollabError(f"constraint: support is {shown(self.support)}: give a whole number from 1")
+        if not isinstance(self.status, str) or self.status not in STATUSES:
+            raise MemCollabError(f"constraint: status is {shown(self.status)}: use one of {', '.join(STATUSES)}")
     def __str__(self)->str:
         parts = [f"{word} {part.rstrip('.')}" for word, part in (("enforce", self.enforce), ("avoid", self.avoid))
                  if part]
@@ -82,7 +85,7 @@ class Constraint:
     def from_json(cls, d:dict)->"Constraint":
         try: return cls(**d)
         except TypeError:
-            raise MemCollabError(f"not a constraint: {str(d)[:80]!r}: give a dict with at least 'when' and 'enforce' "
+            raise MemCollabError(f"not a constraint: {shown(d)}: give a dict with at least 'when' and 'enforce' "
                                  f"or 'avoid'") from None
 
 # %% ../../nbs/source/checks/08_constraints.ipynb #3d213bee
@@ -263,11 +266,15 @@ def _task_names(
     task:Task, # the task of a constraint
 )->set[str]: # lower-case names that the task uses
     "Capitalised words inside the task's sentences, possessives cut off."
-    inside = re.findall(r"(?<=[\w,;:'’)] )[A-Z][^\W\d_]+", task.prompt)
+    text, written = task.prompt, {*re.findall(r"\w+", task.prompt)}
+    inside = re.findall(r"(?<=[\w,;:'’)] )[A-Z][^\W\d_]+", text)
+    def begins(at): # a sentence
+        end = at
+        while end and text[end - 1].isspace(): end -= 1
+        return not at or "\n" in text[end:at] or text[max(end - 1, 0):end] in (".", "!", "?")
     # "Natalia's shop": a name at the beginning
-    first = [w for w in re.findall(r"(?:^|[.!?\n]\s*)([A-Z][^\W\d_]+)(?=['’]s\b)", task.prompt)]
-    names = {w for w in inside + first if w not in _EPONYMS and not w.isupper() and not re.search(rf"\b{w.lower()}\b",
-        task.prompt)}
+    first = [m[0] for m in re.finditer(r"(?<![^\W\d_])[A-Z][^\W\d_]+(?=['’]s\b)", text) if begins(m.start())]
+    names = {w for w in inside + first if w not in _EPONYMS and not w.isupper() and w.lower() not in written}
     return {n.lower() for n in names if len(n) > 2} - _NO_NAMES
 
 def _task_functions(
@@ -427,8 +434,8 @@ def _json_items(text):
     "Dicts of a JSON reply (alone or in a fence), or None if there is no JSON."
     text = re.sub(r"^```\w*|```$", "", text.strip()).strip()
     if not text.startswith(("[", "{")): return None
-    try: found = json.loads(text)
-    except (ValueError, RecursionError): return None
+    try: found = parse_json(text)
+    except ValueError: return None
     found = found if isinstance(found, list) else [found]
     return [d for d in found if isinstance(d, dict) and isinstance(d.get("when"), str)] or None
 

@@ -39,7 +39,8 @@ def _last_boxed(
     "Content of the last `\\boxed{…}` or `\\fbox{…}` whose braces close; `\\boxed 5` counts too."
     boxes, found = _boxes(text), list[tuple[int, int, str]]()
     for start, end, inside in boxes[::-1]:
-        if found and not _BETWEEN.fullmatch(text[end:found[-1][0]]): break
+        between = text[end:found[-1][0]][:1000] if found else ""
+        if found and (len(between) == 1000 or not _BETWEEN.fullmatch(" ".join(between.split())[:50])): break
         found.append((start, end, inside))
     return ", ".join(dict.fromkeys(inside for _, _, inside in found[::-1])) if found else None
 
@@ -95,7 +96,7 @@ def _clean(
     s = re.sub(r"\\[()\[\]]|\\(?:left|right|displaystyle|bigl?|bigr?|quad|qquad)(?![a-zA-Z])|\\[!,;: ]|~", " ",
                s.replace("{,}", ",").replace("\\!", ""))
     s = re.sub(r"\\[dtc]frac", r"\\frac", s)
-    s = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree(?![a-zA-Z])|\\?%|\\?\$|[€£¥]", "", s)
+    s = re.sub(r"\^\s*(?:\{\s*)?\\circ\s*\}?|°|\\degree(?![a-zA-Z])|\\?%|\\?\$|[€£¥]", "", s)
     s = s.replace("−", "-").replace("–", "-").replace("×", r"\times ").replace("·", r"\cdot ").replace("π",
         r"\pi ").replace("∞", r"\infty ")
     s = re.sub(r"\s+", " ", s).strip(" *").rstrip(".,;").strip()

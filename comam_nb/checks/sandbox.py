@@ -33,8 +33,9 @@ class Verdict:
     def to_json(self)->dict: return asdict(self)
     @classmethod
     def from_json(cls, d:dict)->"Verdict":
-        return cls(bool(d["passed"]), str(d.get("reason", "")), float(d.get("seconds", 0)),
-                   str(d.get("fault", "")))
+        reason, fault = (d.get(k, "") for k in ("reason", "fault"))
+        if not (isinstance(reason, str) and isinstance(fault, str)): raise TypeError("reason and fault are texts")
+        return cls(bool(d["passed"]), reason, float(d.get("seconds", 0)), fault)
 
 # %% ../../nbs/source/checks/03_sandbox.ipynb #d124726e
 @dataclass(frozen=True)

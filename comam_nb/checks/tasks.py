@@ -10,6 +10,7 @@ import ast, hashlib, html, json
 from dataclasses import asdict, dataclass, field
 
 from ..base.errors import MemCollabError
+from ..base.values import json_fault, shown
 from .sandbox import parse_python
 
 # %% ../../nbs/source/checks/04_tasks.ipynb #04243e36
@@ -19,11 +20,13 @@ def validate_check(
 )->None:
     "Raise `MemCollabError` unless `check` is of a known kind and has that kind's fields."
     given:dict = check if isinstance(check, dict) else {}
+    if why := json_fault(given):
+        raise MemCollabError(f"{where}: field 'check' holds {why}: give what JSON can hold")
     kind, text = given.get("kind"), lambda k: isinstance(given.get(k), str) and given[k].strip()
     if kind in ("math", "exact"):
         if not text("answer"):
-            raise MemCollabError(f"{where}: field 'check.answer' is {given.get('answer')!r}: give the right answer as "
-                                 f"a text")
+            raise MemCollabError(f"{where}: field 'check.answer' is {shown(given.get('answer'))}: give the right "
+                                 "answer as a text")
     elif kind == "code":
         tests, setup = given.get("tests"), given.get("setup", "")
         listed = isinstance(tests, list) and tests and all(isinstance(t, str) and t.strip() for t in tests)
@@ -31,14 +34,14 @@ def validate_check(
             raise MemCollabError(f"{where}: field 'check' has no tests: give 'tests', a list of assertions, or 'test' "
                                  f"and 'entry_point'")
         if not isinstance(setup, str):
-            raise MemCollabError(f"{where}: field 'check.setup' is {setup!r}: give Python text")
+            raise MemCollabError(f"{where}: field 'check.setup' is {shown(setup)}: give Python text")
         for k, source in {"setup": setup, "tests": "\n".join(tests or ()) if listed else given["test"]}.items():
             try: parse_python(source)
-            except (SyntaxError, ValueError) as e:
+            except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
                 raise MemCollabError(f"{where}: field 'check.{k}' is not Python ({e}): repair it") from None
     else:
-        raise MemCollabError(f"{where}: field 'check' is {check!r}: give {{'kind': 'math', 'answer': '18'}}, or kind "
-                             f"'exact' or 'code'")
+        raise MemCollabError(f"{where}: field 'check' is {shown(check)}: give {{'kind': 'math', 'answer': '18'}}, "
+                             "or kind 'exact' or 'code'")
 
 # %% ../../nbs/source/checks/04_tasks.ipynb #733e35c0
 def _expectation(test:ast.expr)->str: # "yes", "no", "a type", a constant's text, or "a value"
@@ -81,7 +84,7 @@ class Task:
         for k in ("id", "prompt", "category", "subcategory", "domain"):
             v = getattr(self, k)
             if not isinstance(v, str) or (k in ("id", "prompt") and not v.strip()):
-                raise MemCollabError(f"task {self.id!r}: field '{k}' is {v!r}: give a text")
+                raise MemCollabError(f"task {shown(self.id)}: field '{k}' is {shown(v)}: give a text")
         if self.check != {}: validate_check(self.check, f"task {self.id!r}")
     @property
     def weakness(self)->str: # why a program could pass the tests without being right; "" where nothing is seen
@@ -94,7 +97,8 @@ class Task:
     def from_json(cls, d:dict)->"Task":
         try: return cls(**d)
         except TypeError:
-            raise MemCollabError(f"not a task: {d!r}: give a dict with {', '.join(cls.__dataclass_fields__)}") from None
+            raise MemCollabError(f"not a task: {shown(d)}: give a dict with "
+                                 f"{', '.join(cls.__dataclass_fields__)}") from None
     def _repr_html_(self)->str:
         kind = " / ".join(filter(None, [self.category, self.subcategory])) or "not sorted"
         rows = {"category": kind, "check": json.dumps(self.check)[:300], "hash": self.hash}

@@ -170,7 +170,9 @@ def _task_features(
     text:str, # a prompt
 )->list[str]: # with repetitions
     "Words and neighbouring pairs: LaTeX commands are words, all numbers are one, endings are cut, stop words left out."
-    text = re.sub(r"\[asy\].*?\[/asy\]", " asydrawing ", text, flags=re.S | re.I)
+    ends = [m.end() for m in re.finditer(r"\[/asy\]", text, re.I)] # what opens behind the last end has none
+    drawn = re.sub(r"\[asy\].*?\[/asy\]", " asydrawing ", text[:ends[-1]], flags=re.S | re.I) if ends else ""
+    text = drawn + text[ends[-1] if ends else 0:]
     words = re.findall(r"\\[a-z]+|[a-z]+|[=<>^_!|+%]|\d+", text.lower())
     words = ["0" if w.isdigit() else re.sub(r"(ies|es|s|ing|ed)$", "", w) if len(w) > 4 else w for w in words
              if w not in _STOP_WORDS]

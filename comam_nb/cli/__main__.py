@@ -16,6 +16,7 @@ from .chat import add_chat
 from .evaluate import add_eval
 from .mcp import add_mcp
 from .memory import add_memory
+from .replay import add_replay
 from .reproduce import add_reproduce
 from .train import add_push, add_train
 from .warm_start import add_warm_start
@@ -28,7 +29,7 @@ def _parser()->argparse.ArgumentParser:
     p.add_argument("--version", action="version", version=__version__)
     sub = p.add_subparsers(required=True, metavar="COMMAND")
     for add in (add_train, add_answer, add_chat, add_memory, add_mcp, add_eval, add_reproduce, add_warm_start,
-                add_push):
+                add_push, add_replay):
         add(sub)
     return p
 

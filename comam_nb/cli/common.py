@@ -119,6 +119,19 @@ def language_team(
     backbone = {name: load() for name in prompts} if policy == "separate" else load()
     return make_team(backbone, policy, r=args.rank, **each)
 
+# %% ../../nbs/source/cli/01_common.ipynb #c94d24de
+def team_of(
+    args:argparse.Namespace, # filled in, of a command that trains
+)->"Team":
+    "The team as the arguments say: with --backbone that model's, else the micro-world's tiny policies."
+    if args.backbone is not None: return language_team(args, args.policy)
+    import torch
+    from comam_nb.microworld import MicroWorld
+    from comam_nb.worlds.warm_start import micro_agents
+    # matrices this small gain little from a second thread and lose tenfold when the cores are shared
+    torch.set_num_threads(1)
+    return micro_agents(MicroWorld(), args.policy, r=args.rank, seed=args.seed)
+
 # %% ../../nbs/source/cli/01_common.ipynb #ddf6dd0e
 def rewards_of(
     args:argparse.Namespace, # filled in, with --data, --matcher and --match

@@ -11,8 +11,9 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from ..base.files import write_whole
+from ..base.files import ordinary_file, write_whole
 from ..base.shown import printable
+from ..base.values import parse_json
 from ..runs.folder import CommandError
 
 # %% ../../nbs/source/cli/06_memory.ipynb #bbefa6a5
@@ -105,12 +106,12 @@ def _read_rows(path)->tuple[list, list]: # items, sessions that were read
     "What `_export` wrote. Raises `CommandError` with the line that is none of it."
     from comam_nb.store.items import MemoryItem
     items, read = [], []
-    try: lines = Path(path).read_text(encoding="utf-8").splitlines()
+    try: lines = ordinary_file(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError: raise CommandError(f"{path} is no text in UTF-8: nothing was imported") from None
     for n, line in enumerate(lines, 1):
         if not line.strip(): continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if "item" in row: items.append(MemoryItem.from_json(row["item"]))
             else: read.append(tuple(row["read"]))
             if items and not items[-1].id: raise ValueError("an item without an id")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import add_model_arguments, add_split_arguments, fill_model_arguments
-from .common import language_team, read_split, rewards_of
+from .common import read_split, rewards_of, team_of
 from ..runs.card import check_repo, push_run, write_card
 from ..runs.folder import CommandError, Run, fresh_dir, on_signals
 from ..runs.sources import DATA_KINDS, fit_episodes
@@ -122,14 +122,7 @@ def _fill_defaults(args):
 def _build_micro(args):
     from comam_nb.microworld import MicroWorld, make_episodes
     from comam_nb.runs.splits import Split
-    from comam_nb.worlds.warm_start import micro_agents
-    import torch
-    world = MicroWorld()
-    if args.backbone is None:
-        # matrices this small gain little from a second thread and lose tenfold when the cores are shared
-        torch.set_num_threads(1)
-        team = micro_agents(world, args.policy, r=args.rank, seed=args.seed)
-    else: team = language_team(args, args.policy)
+    world, team = MicroWorld(), team_of(args)
     training = make_episodes(world, args.steps * args.episodes_per_step, seed=args.seed)
     held_out = make_episodes(world, args.eval_episodes, held_out=True)
     return team, Split(training, held_out, [], "user"), rewards_of(args, team)
@@ -139,7 +132,7 @@ def _build_team(args):
     if args.data == "microworld": return _build_micro(args)
     from comam_nb.runs.splits import Split
     split = read_split(args)
-    team = language_team(args, args.policy)
+    team = team_of(args)
     fitted = lambda part: fit_episodes(part, team, args.max_prompt_tokens) if part else []
     watched = random.Random(args.split_seed).sample(split.validation, min(args.eval_episodes, len(split.validation)))
     fit = Split(fitted(split.training), fitted(watched), split.test, split.by)

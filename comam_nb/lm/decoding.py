@@ -10,7 +10,7 @@ __all__ = ['Sample', 'own_draws', 'can_share', 'additive_mask', 'Reading', 'read
 import copy, math, warnings
 from bisect import bisect_left
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
@@ -80,15 +80,24 @@ def own_draws(
     draw = lambda key: np.random.default_rng(key).random((G, tokens), dtype=np.float32)
     return torch.from_numpy(np.stack([draw(k) for k in keys]))
 
+_NO_NUMBERS = ("the model's scores are not numbers: its weights are damaged or training has diverged; "
+               "go back to an earlier checkpoint, with a lower learning rate")
+
+@contextmanager
+def _of_numbers():
+    "Inside, what torch's own sampling says of scores that are no numbers is `BackboneError`."
+    try: yield
+    except RuntimeError as e:
+        if "probability tensor contains" not in str(e): raise
+        raise BackboneError(_NO_NUMBERS) from e
+
 def _pick(logits, u, temperature=1.0):
     """The token [N] at which the running sum of the probabilities of logits [N, V] passes u [N] in [0, 1).
 
     The number type of u is the sum's. Raises `BackboneError` if there are no probabilities.
     """
     total = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=u.dtype) # [N, V]
-    if total[:, -1].isnan().any():
-        raise BackboneError("the model's scores are not numbers: its weights are damaged or training has diverged; "
-                            "go back to an earlier checkpoint, with a lower learning rate")
+    if total[:, -1].isnan().any(): raise BackboneError(_NO_NUMBERS)
     return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=logits.size(-1) - 1)
 
 # %% ../../nbs/source/lm/04_decoding.ipynb #c7fe255c
@@ -98,7 +107,7 @@ def _draw(logits, temperature=1.0):
     "A token [N] of each row's softmax, logits [N, V], with torch's generator."
     if on_cpu(logits.device) and logits.size(-1) >= _LARGE:
         return _pick(logits, torch.rand(len(logits), dtype=torch.float64), temperature)
-    return torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]
+    with _of_numbers(): return torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]
 
 # %% ../../nbs/source/lm/04_decoding.ipynb #e46d3651
 @torch.no_grad()
@@ -115,9 +124,10 @@ def _generate_plain(backbone, rows, G, temperature, top_p, max_new_tokens, draws
     if temperature > 0: sampling.update(temperature=temperature, top_p=top_p, top_k=0)
     if draws is not None and temperature > 0: sampling.update(top_p=1.0, logits_processor=[one])
     if stop: sampling["stopping_criteria"] = [stopped]
-    out = backbone.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens,
-                                  num_return_sequences=G if temperature > 0 else 1, pad_token_id=backbone.pad_id,
-                                  eos_token_id=backbone.eos_ids, repetition_penalty=1.0, use_cache=True, **sampling)
+    with _of_numbers():
+        out = backbone.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens,
+                                      num_return_sequences=G if temperature > 0 else 1, pad_token_id=backbone.pad_id,
+                                      eos_token_id=backbone.eos_ids, repetition_penalty=1.0, use_cache=True, **sampling)
     written = [_cut(r, backbone) for r in out[:, start:].tolist()]
     return written if temperature > 0 else [w for w in written for _ in range(G)]
 

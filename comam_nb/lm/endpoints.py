@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from ..base.errors import ChatDown, MemCollabError
+from ..base.values import parse_json
 from .chat import ChatModel, Reply
 
 # %% ../../nbs/source/lm/07_endpoints.ipynb #608bfe06
@@ -89,8 +90,8 @@ def _read_reply(
     seconds:float=0.0, # goes into the reply
 )->Reply:
     "A reply from the JSON of a chat completion; raises `ValueError` for anything else."
-    try: data = json.loads(body)
-    except (ValueError, RecursionError): raise ValueError(f"no JSON but {body[:_EXCERPT]!r}") from None
+    try: data = parse_json(body)
+    except ValueError: raise ValueError(f"no JSON but {body[:_EXCERPT]!r}") from None
     choices = data.get("choices") if isinstance(data, dict) else None
     first = choices[0] if isinstance(choices, list) and choices else None
     message = first.get("message") if isinstance(first, dict) else None

@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from ..base.errors import MemCollabError
 from ..base.files import Journal, append_line, read_lines, text_hash
+from ..base.values import parse_json
 from .chat import Chat, ChatModel, LocalChat, Reply
 from .endpoints import EndpointChat, EndpointPool, without_login
 
@@ -138,7 +139,7 @@ def _check_address(address):
 def _settings(text, spec)->dict[str, Any]:
     "name=value&name=value; a value that is JSON is read as JSON."
     def value(v):
-        try: return json.loads(v)
+        try: return parse_json(v)
         except ValueError: return v
     try: return {k: value(v) for k, v in parse_qsl(text, keep_blank_values=True, strict_parsing=True)}
     except ValueError:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from ..base.errors import MemCollabError
 from ..base.fences import unquoted, unmarked
 from ..base.files import Journal, text_hash
+from ..base.values import shown
 from ..checks.code_answers import check
 from ..checks.sandbox import Execution, Verdict, execute
 from ..checks.tasks import Task
@@ -276,8 +277,8 @@ class Attempt:
     @classmethod
     def from_json(cls, d:dict[str, Any])->"Attempt":
         "Raises `ValueError`, `KeyError` or `TypeError` for something else."
-        said = tuple({"role": str(m["role"]), "content": str(m["content"])}
-                     for m in d["messages"])
+        text = lambda x: x if isinstance(x, str) else shown(x)
+        said = tuple({k: text(m[k]) for k in ("role", "content")} for m in d["messages"])
         verdict = None if d["verdict"] is None else Verdict.from_json(d["verdict"])
         return cls(**{**d, "messages": said, "memory": tuple(d["memory"]),
                       "verdict": verdict})

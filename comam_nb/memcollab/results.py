@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from ..base.errors import MemCollabError
-from ..base.files import write_whole
+from ..base.files import ordinary_file, write_whole
 from ..base.statistics import Interval, mcnemar, paired
+from ..base.values import parse_json
 from ..checks.tasks import Task
 from .arms import Arm, Training
 from .attempts import Attempt
@@ -47,10 +48,10 @@ class _Outcome:
 def _read_results(path):
     "What a file of `Results` holds, by name."
     try:
-        d = json.loads(Path(path).read_text(encoding="utf-8"))
+        d = parse_json(ordinary_file(path).read_bytes())
         outcomes = [_Outcome.from_json(o) for o in d["outcomes"]]
         return dict(outcomes=outcomes, notes=list(d["notes"]), about=dict(d["about"] or {}))
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise MemCollabError(f"{path} holds no results ({type(e).__name__}: {e}): "
                              "give a file that Results.save wrote") from None
 

@@ -6,7 +6,7 @@
 __all__ = ['read_history', 'cloze_queries', 'read_chat']
 
 # %% ../../nbs/source/readers/04_chat_logs.ipynb #49ab399d
-import json, logging, math, random, re
+import logging, math, random, re
 from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime, timezone
@@ -15,6 +15,7 @@ from typing import Any
 
 from ..base.errors import DataError
 from ..base.fields import clean_text, error_place, get_field
+from ..base.values import parse_json
 from ..data import Episode, Episodes, Message, Query, Session, make_history
 from .reading import (count_odd, from_hub, is_hub_name, json_values, numbered_lines,
                                       option_letter, parse_options)
@@ -41,14 +42,16 @@ def _spoken(
     return next(filter(None, (_spoken(content.get(f), depth + 1) for f in fields)), "")
 
 # %% ../../nbs/source/readers/04_chat_logs.ipynb #999c8031
-_MARKS = re.compile(r"([ \t]*)\ue200([^\ue200\ue201]*)(?:\ue201|\Z)|[ \t]*【[^【】]*(?:†|oaicite)[^【】]*】"
-                    r"|[ \t]*:contentReference\[oaicite:[^\]]*\](?:\{[^}]*\})?")
+_BLANKS = r"(?:(?<![ \t])[ \t]+)?" # a run in one go, from its beginning
+_MARKS = re.compile(rf"({_BLANKS})\ue200([^\ue200\ue201]*)(?:\ue201|\Z)"
+                    rf"|{_BLANKS}【(?=[^【】]*(?:†|oaicite))[^【】]*】"
+                    rf"|{_BLANKS}:contentReference\[oaicite:[^\]\n]{{0,200}}\](?:\{{[^}}\n]{{0,200}}\}})?")
 
 def _shown(mark:re.Match)->str:
     "What the app shows in the place of a mark, with the blank before it."
     kind, *rest = (mark[2] or "").split("\ue202")
     if kind == "entity": # a JSON list: kind, name, …
-        try: _, name, *_ = json.loads(rest[0])
+        try: _, name, *_ = parse_json(rest[0])
         except (ValueError, IndexError, TypeError): return ""
         return f"{mark[1]}{name if isinstance(name, str) else ''}"
     return mark[1] + rest[0] if kind in ("url", "link") and rest else ""
@@ -217,10 +220,11 @@ def _chatml(
 )->list[tuple[str, dict[str, str]]]: # one record: (place, message record) for each message
     "Plain ChatML text as messages. Raises `DataError`."
     text = "".join(t for _, t in numbered_lines(path))
-    pattern = r"<\|im_start\|>[ \t]*([^\n<]*)(?:\n|<\|im_sep\|>)(.*?)(?=<\|im_end\|>|<\|im_start\|>|\Z)"
-    line = lambda m: text.count("\n", 0, m.start()) + 1
-    out = [(f"{path}, line {line(m)}", dict(role=m[1].strip(), content=m[2]))
-           for m in re.finditer(pattern, text, flags=re.DOTALL)]
+    pattern = r"<\|im_start\|>([^\n<]*)(?:\n|<\|im_sep\|>)(.*?)(?=<\|im_end\|>|<\|im_start\|>|\Z)"
+    out, line, seen = [], 1, 0
+    for m in re.finditer(pattern, text, flags=re.DOTALL):
+        line, seen = line + text.count("\n", seen, m.start()), m.start()
+        out.append((f"{path}, line {line}", dict(role=m[1].strip(), content=m[2])))
     if not out: raise DataError(f"{path}, line 1: no <|im_start|> in it. Give ChatML text, a .json or a .jsonl file.")
     return out
 
@@ -360,22 +364,22 @@ _WORDS = re.compile(r"[^\W\d_]+") # runs of letters: a part of a compound counts
 
 def _whole(sentence:str, w:re.Match)->bool:
     "Does a word stand alone, neither in a compound nor beside an apostrophe?"
-    return bool(re.match(r"(?![\w'’-])", sentence[w.end():])) and not re.search(r"[\w'’-]$", sentence[:w.start()])
+    beside = sentence[max(w.start() - 1, 0):w.start()], sentence[w.end():w.end() + 1]
+    return not any(re.match(r"[\w'’-]", c) for c in beside)
 
 def _cloze_blanks(
     history:Iterable[Session], # H
-)->dict[int, list[tuple[str, str]]]: # turn -> (sentence with ____, word) for each blank
+)->dict[int, list[tuple[str, re.Match]]]: # turn -> (sentence, word) for each blank
     "Every possible blank: a word of a user's turn that occurs once in the history."
     turns = [m for s in history for m in s.messages]
     count = Counter(w.lower() for m in turns for w in _WORDS.findall(m.content))
     once = lambda w: len(w) >= 4 and count[w.lower()] == 1 and w.lower() not in _STOPWORDS
-    out:dict[int, list[tuple[str, str]]] = {}
+    out:dict[int, list[tuple[str, re.Match]]] = {}
     for m in turns:
         for sentence in re.split(r"(?<=[.!?…])\s+|\n+", m.content) if m.role == "user" else ():
             found = list(_WORDS.finditer(sentence))
             for w in found if len(found) >= 4 else ():
-                blank = f"{sentence[:w.start()]}____{sentence[w.end():]}".strip()
-                if once(w[0]) and _whole(sentence, w): out.setdefault(m.turn, []).append((blank, w[0]))
+                if once(w[0]) and _whole(sentence, w): out.setdefault(m.turn, []).append((sentence, w))
     return out
 
 # %% ../../nbs/source/readers/04_chat_logs.ipynb #623a7152
@@ -391,8 +395,9 @@ def cloze_queries(
     out = Episodes(source="cloze")
     for t in sorted(rng.sample(sorted(blanks), min(n, len(blanks)))):
         sentence, word = rng.choice(blanks[t])
-        query = Query(f'Complete what I said: "{sentence}"', f"cloze-{t}", "cloze")
-        out.append(Episode(history, query, answer=word, evidence=frozenset({t}), user=user,
+        blank = f"{sentence[:word.start()]}____{sentence[word.end():]}".strip()
+        query = Query(f'Complete what I said: "{blank}"', f"cloze-{t}", "cloze")
+        out.append(Episode(history, query, answer=word[0], evidence=frozenset({t}), user=user,
                            id=f"{user}/cloze-{t}", meta={"seed": seed}))
     return out
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..base.errors import DataError
 from ..base.fields import error_place, get_field
+from ..base.values import shown
 from ..data import Episode, Episodes, Message, Query, Session, make_history
 from .reading import count_odd, from_hub, is_hub_name, json_values
 
@@ -45,14 +46,15 @@ def _locomo_evidence(
     "Gold evidence as turn numbers."
     turns, repaired, lost = set(), 0, []
     for raw in ids:
-        if raw in turn_of:
+        if isinstance(raw, str) and raw in turn_of:
             turns.add(turn_of[raw])
             continue
-        read = [f"D{int(s)}:{int(t)}" for s, t in re.findall(r"D\s*:?\s*(\d+)\s*:\s*(\d+)", str(raw))]
+        text = raw if isinstance(raw, str) else shown(raw)
+        read = [f"D{int(s)}:{int(t)}" for s, t in re.findall(r"D\s*(?::\s*)?(\d{1,9})\s*:\s*(\d{1,9})", text)]
         hits = [turn_of[r] for r in read if r in turn_of]
         turns.update(hits)
         repaired += bool(hits)
-        if not hits or len(hits) < len(read): lost.append(str(raw))
+        if not hits or len(hits) < len(read): lost.append(text)
     return frozenset(turns), repaired, lost
 
 # %% ../../nbs/source/readers/03_locomo.ipynb #966887b2

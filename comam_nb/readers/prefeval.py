@@ -6,13 +6,14 @@
 __all__ = ['read_prefeval']
 
 # %% ../../nbs/source/readers/08_prefeval.ipynb #20354a9f
-import json, random, re
+import random, re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..base.errors import DataError
 from ..base.fields import error_place, get_field
+from ..base.values import parse_json
 from ..data import Episode, Episodes, Query, Session, make_history
 from .reading import count_odd, from_hub, is_hub_name, json_values
 from .weak_evidence import weak_evidence
@@ -88,7 +89,7 @@ def _prefeval_episode(
     text, preference = (_plain(get_field(record, k, str, where)) for k in ("question", "preference"))
     if not preference: raise DataError(f"{where}: field 'preference' is empty. Say what the user prefers.")
     if isinstance(record.get("conversation"), str):
-        try: record = {**record, "conversation": json.loads(record["conversation"])}
+        try: record = {**record, "conversation": parse_json(record["conversation"])}
         except ValueError: raise DataError(f"{where}: field 'conversation' is a text, but not JSON.") from None
     form = form or _form_of(record)
     talk, at = _preference_talk(record, form, where)

@@ -16,6 +16,7 @@ from typing import Any
 from ..base.errors import DataError
 from ..base.fields import clean_text, get_field
 from ..base.files import write_whole
+from ..base.values import parse_json, shown
 from ..data import Episode, Episodes, Session
 
 # %% ../../nbs/source/readers/01_reading.ipynb #39826034
@@ -136,8 +137,8 @@ def from_hub(
 def _listed(raw:Any)->Any:
     "A list that may be written as JSON or as a Python literal; None if it is neither."
     if not isinstance(raw, str): return raw
-    try: return json.loads(raw)
-    except (ValueError, RecursionError):
+    try: return parse_json(raw)
+    except DataError:
         try: return ast.literal_eval(raw)
         except (ValueError, SyntaxError, RecursionError, MemoryError): return None
 
@@ -150,7 +151,7 @@ def parse_options(
     values = _listed(raw)
     if not isinstance(values, (list, tuple)) or len(values) < 2 or not all(isinstance(v, str) for v in values):
         raise DataError(f"{where}: field '{name}' is neither a JSON list nor a Python list of two or more texts: "
-                        f"{str(raw)[:80]!r}.")
+                        f"{shown(raw)}.")
     values = [clean_text(v) for v in values]
     labels = [re.match(r"\s*\(([a-z])\)\s*", v) for v in values]
     if not any(labels): return tuple(values)
@@ -191,7 +192,7 @@ def write_episodes(
     for e in episodes:
         if not isinstance(e, Episode): raise DataError(f"write_episodes: {e!r:.60} is not an Episode.")
         try: lines += [json.dumps(r, ensure_ascii=False) + "\n" for r in _episode_records(e, known)]
-        except (TypeError, ValueError) as err:
+        except (TypeError, ValueError, RecursionError) as err:
             raise DataError(f"episode {e.id!r}: it cannot be written as JSON, {err}. "
                             "Use plain values in meta.") from None
     return write_whole(Path(path).expanduser(), "".join(lines))

@@ -6,10 +6,12 @@
 __all__ = ['load_tasks', 'load_gsm8k', 'load_math500', 'load_mbpp', 'load_humaneval']
 
 # %% ../../nbs/source/readers/05_task_files.ipynb #ae4c6fd6
-import ast, gzip, importlib.util, json, re
+import ast, gzip, importlib.util, re
 from pathlib import Path
 
-from ..base.errors import MemCollabError
+from ..base.errors import DataError, MemCollabError
+from ..base.files import ordinary_file
+from ..base.values import parse_json, shown
 from ..checks.code_answers import called_names
 from ..checks.sandbox import parse_python
 from ..checks.tasks import Task, validate_check
@@ -17,10 +19,10 @@ from ..checks.tasks import Task, validate_check
 # %% ../../nbs/source/readers/05_task_files.ipynb #134b90b6
 def _rows(path):
     "(where, row) for each object of a JSONL file, a JSON list, or either of them gzipped. Raises `MemCollabError`."
-    path = Path(path)
+    try: path = ordinary_file(path)
+    except DataError as e: raise MemCollabError(f"{e}") from None
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f: text = f.read()
-    except FileNotFoundError: raise MemCollabError(f"{path}: there is no such file: check the path") from None
     except (OSError, EOFError, UnicodeDecodeError) as e:
         raise MemCollabError(f"{path}: cannot be read ({e}): give JSON lines in UTF-8") from None
     if text.lstrip()[:1] == "[": rows = [(f"{path}, item {i}", r) for i, r in enumerate(_json(text, f"{path}"), 1)]
@@ -29,14 +31,13 @@ def _rows(path):
                 if l.strip()]
     for where, r in rows:
         if not isinstance(r, dict):
-            raise MemCollabError(f"{where}: {str(r)[:40]!r} is no object: give one JSON object per line")
+            raise MemCollabError(f"{where}: {shown(r, 40)} is no object: give one JSON object per line")
     if not rows: raise MemCollabError(f"{path}: no tasks in it: give one JSON object per line")
     return rows
 
 def _json(text, where):
-    try: return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise MemCollabError(f"{where}: not JSON ({e}): give one JSON object per line") from None
+    try: return parse_json(text)
+    except DataError as e: raise MemCollabError(f"{where}: not JSON ({e}): give one JSON object per line") from None
 
 # %% ../../nbs/source/readers/05_task_files.ipynb #d73f8b49
 def load_tasks(
@@ -76,7 +77,7 @@ def _get(row, where, *names):
     "Texts of a row. Raises `MemCollabError` that names the field."
     for n in names:
         if not isinstance(row.get(n), str) or not row[n].strip():
-            raise MemCollabError(f"{where}: field '{n}' is {row.get(n)!r}: is this the benchmark's own file?")
+            raise MemCollabError(f"{where}: field '{n}' is {shown(row.get(n))}: is this the benchmark's own file?")
     return [row[n] for n in names]
 
 # %% ../../nbs/source/readers/05_task_files.ipynb #353616ba
@@ -117,7 +118,9 @@ def _signature(
     names:list[str], # functions that the tests call
 )->str: # "def f(a, b):"
     "Head of the first function of `names` that a reference solution defines; empty if there is none."
-    heads = [n for n in ast.walk(parse_python(code)) if isinstance(n, ast.FunctionDef) and n.name in names]
+    try: tree = parse_python(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError): return ""
+    heads = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name in names]
     return f"def {heads[0].name}({ast.unparse(heads[0].args)}):" if heads else ""
 
 # %% ../../nbs/source/readers/05_task_files.ipynb #7af7d315
@@ -134,15 +137,18 @@ def load_mbpp(
     parts = [split] if path or split != "all" else [s for s in _MBPP_IDS if s != "all"]
     for where, row in [r for s in parts for r in _source(path, "google-research-datasets/mbpp", "sanitized", s)]:
         prompt, code = _get(row, where, "prompt", "code")
-        tests, n, imports = list(row.get("test_list") or []), row.get("task_id"), row.get("test_imports")
+        tests, n, imports = row.get("test_list") or [], row.get("task_id"), row.get("test_imports") or []
+        for k, v in {"test_list": tests, "test_imports": imports}.items():
+            if not isinstance(v, (list, tuple)) or not all(isinstance(t, str) for t in v):
+                raise MemCollabError(f"{where}: field '{k}' is {shown(v)}: is this the benchmark's own file?")
         if not isinstance(n, int):
-            raise MemCollabError(f"{where}: field 'task_id' is {n!r}: is this the benchmark's own file?")
+            raise MemCollabError(f"{where}: field 'task_id' is {shown(n)}: is this the benchmark's own file?")
         if not low <= n <= high: continue
-        spec = {"kind": "code", "tests": tests} | ({"setup": "\n".join(imports)} if imports else {})
+        spec = {"kind": "code", "tests": list(tests)} | ({"setup": "\n".join(imports)} if imports else {})
         validate_check(spec, where)
         head = _signature(code, called_names(tests)) if show == "signature" else ""
-        shown = f"Begin with:\n{head}" if head else f"Your function must pass this test:\n{tests[0]}"
-        tasks.append(Task(f"mbpp/{n}", f"{prompt.strip()}\n\n{shown}", check=spec, domain="code"))
+        begin = f"Begin with:\n{head}" if head else f"Your function must pass this test:\n{tests[0]}"
+        tasks.append(Task(f"mbpp/{n}", f"{prompt.strip()}\n\n{begin}", check=spec, domain="code"))
     return tasks[:limit]
 
 # %% ../../nbs/source/readers/05_task_files.ipynb #c631e4e6

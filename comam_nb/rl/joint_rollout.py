@@ -19,6 +19,7 @@ from ..data import Episode
 from ..lm.backbone import Backbone
 from ..lm.engines import make_engine
 from ..mdp import Trajectory, Transition, rollout
+from .failed_step import StepRecord, check_scores, credit_of
 from .settings import CoMAMConfig
 from .team import Team
 
@@ -84,6 +85,7 @@ class JointRollout:
         self.team, self.episodes, self.rewards, self.args = team, list(episodes), rewards, args
         self.scheme, self.sampler, self.intervene = credit or args.credit, sampler, intervene
         self.engines:dict[int, tuple[Backbone, Callable|None]] = {} # by policy
+        self.record:StepRecord|None = None # of the last step, as far as it came
         A = len(team.process.agents)
         assign(torch.zeros(1, A, 2), torch.zeros(1, 2), self.scheme) # what cannot work fails now, not in step 1
 
@@ -101,14 +103,22 @@ class JointRollout:
         chosen = self.sampler.choose(a.episodes_per_step) if self.sampler else None # the same in every process
         numbers = chosen[place * E:(place + 1) * E] if chosen else [json.loads(x)["episode"] for x in labels[:E * G:G]]
         seeds = [(a.seed, step, place * E + e) for e in range(E)] if a.sampling == "per_group" else None
-        at_once = max(a.per_device_train_batch_size, G)
+        at_once, episodes = max(a.per_device_train_batch_size, G), [self.episodes[n] for n in numbers]
+        self.record = r = StepRecord.begin(step + 1, episodes, self._settings(), self.team, a.trained_agents)
         with _written_by(self._writers(engine)):
-            groups = rollout(self.team, [self.episodes[n] for n in numbers], G, a.temperature, self.intervene,
-                             at_once, seeds)
-            local, answers = self.rewards(groups)
-        credit = assign(local, answers, self.scheme, a.credit_temperature, a.credit_rescale, a.credit_rule)
+            r.groups = groups = rollout(self.team, episodes, G, a.temperature, self.intervene, at_once, seeds)
+            r.returned = self.rewards(groups)
+        local, answers = check_scores(r.returned, groups)
+        credit = credit_of(groups, local, answers, self.scheme, a.credit_temperature, a.credit_rescale, a.credit_rule)
         if self.sampler: self.sampler.update(chosen, gather(credit.rewards)[:, trained].std(-1).mean(-1).tolist())
         return Rollouts(groups, torch.as_tensor(local), torch.as_tensor(answers), credit)
+
+    def _settings(self):
+        "What a step's file says of how it was computed."
+        a, own = self.args, getattr(self.scheme, "__name__", "own code") if callable(self.scheme) else None
+        kept = ("credit_temperature", "credit_rescale", "credit_rule", "temperature", "learning_rate", "seed",
+                "sampling", "num_generations", "trained_agents", "max_grad_norm")
+        return {"credit": None if own else self.scheme, "own_credit": own, **{k: getattr(a, k) for k in kept}}
 
     def _writers(self, vllm):
         "Each policy with what writes in its place."

@@ -14,16 +14,17 @@ from pathlib import Path
 
 import torch
 from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from ..base.errors import BackboneError, CreditError
+from ..base.errors import BackboneError, CreditError, RewardError
 from ..base.files import last_checkpoint, put_in_place
 from ..lm.backbone import Backbone
 from ..lm.cpu_kernels import keep_freed_memory
 from ..lm.engines import make_engine
+from .failed_step import keep_failed, sick_policy
 from .settings import CoMAMConfig
 from .team import Team
 
@@ -57,6 +58,31 @@ def _unwrap(model: torch.nn.Module) -> None:
     "Without the autocast that Accelerate hangs on a model: what is measured before and after a run is measured alike."
     if "_original_forward" in model.__dict__: model.forward = model.__dict__.pop("_original_forward")
 
+# %% ../../nbs/source/rl/04_launch.ipynb #a763bfba
+def _tell_failed(trainer: Trainer, e: Exception) -> None:
+    "Keep the step that has failed, and raise the error again with where, or note it on one that is not ours."
+    record, n = getattr(trainer.joint, "record", None), trainer.accelerator.num_processes
+    if record is None or isinstance(e, (LostProcess, OSError)) or (n > 1 and isinstance(e, RuntimeError)): return
+    line = keep_failed(record, e, trainer.args.output_dir, trainer.accelerator.process_index)
+    if type(e) in (BackboneError, CreditError, RewardError): raise type(e)(line) from e
+    e.add_note(line)
+
+class _Watch(TrainerCallback):
+    "Ends a run whose gradients or weights are no longer numbers."
+    def __init__(self, trainer, team): self.trainer, self.team = trainer, team
+    def _look(self, args, gradients, when):
+        sick = sick_policy(self.team.groups(args.trained_agents), gradients)
+        if not sick: return
+        names = [repr(e.id or e.query.id) for e in self.trainer.joint.record.episodes]
+        more = f" and {len(names) - 3} more" * (len(names) > 3)
+        where = f"episode{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"
+        raise BackboneError(f"{sick} {when} {where}: go back to an earlier checkpoint, with a learning rate "
+                            f"below {args.learning_rate}")
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        scaled = getattr(self.trainer.accelerator, "scaler", None) # float16: it leaves out updates that are too large
+        if not scaled: self._look(args, True, "before the update on")
+    def on_optimizer_step(self, args, state, control, **kwargs): self._look(args, False, "after the update on")
+
 # %% ../../nbs/source/rl/04_launch.ipynb #5ad8840a
 class WholeCheckpoints:
     "Before a trainer of transformers in a class's bases: its checkpoints are whole or absent."
@@ -84,10 +110,13 @@ class TeamTrainer(WholeCheckpoints, GRPOTrainer):
     """TRL's trainer for a run of several processes whose checkpoints hold a team and a sampler; who inherits brings
     `self.team` and `self.joint`. Raises `CreditError` where a run under FSDP is to be resumed."""
     def train(self, *args, **kwargs)->TrainOutput:
-        "As TRL's `train`. Raises `LostProcess` where another process has ended."
+        "As TRL's. Raises `LostProcess` where another process has ended; an error names the failed step's file."
         if self.args.should_save: shutil.rmtree(Path(self.args.output_dir) / "unfinished", ignore_errors=True)
         with running(self), closing(self.joint):
-            return super().train(*args, **kwargs)
+            try: return super().train(*args, **kwargs)
+            except Exception as e:
+                _tell_failed(self, e)
+                raise
 
     def _gather(self, x): # [E_local, …] -> [E, …], in the order of the episodes
         if self.accelerator.num_processes == 1: return x
@@ -172,6 +201,7 @@ def settle(
         vllm.sync_weights = lambda: None # TRL would send the base with one adapter merged into it, every step
     trainer.mask_truncated_completions = False # TRL takes a stop text for a cut; the rollout says what was cut
     trainer.remove_callback(PrinterCallback) # prints every log line whole
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled): trainer.add_callback(_Watch(trainer, team))
     if not team.several: return
     trainer.model.__dict__.pop("forward", None) # TRL's way to log-probs knows one family's; each member gets its own
     for member in trainer.model.members():

@@ -6,12 +6,13 @@
 __all__ = ['PrioritySampler']
 
 # %% ../../nbs/source/rl/07_sampler.ipynb #2f879c30
-import json, random
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..base.errors import CreditError
 from ..base.files import write_json
+from ..base.values import parse_json, shown
 
 # %% ../../nbs/source/rl/07_sampler.ipynb #d35495ce
 class PrioritySampler:
@@ -55,12 +56,18 @@ class PrioritySampler:
 
     def load_state_dict(self, state:dict)->None:
         "Go on from `state_dict`. Raises `CreditError` if it is about another number of episodes."
-        if state["n"] != self.n:
-            raise CreditError(f"the sampler's state is of {state['n']} episodes, not {self.n}: resume with those")
-        self.t, self.mean, self.highest = state["t"], state["mean"], state["highest"]
-        self.known = {e: (p, seen) for e, p, seen in state["known"]}
-        version, numbers, gauss = state["rng"]
-        self.rng.setstate((version, tuple(numbers), gauss))
+        n = state.get("n") if isinstance(state, dict) else None
+        if n != self.n:
+            raise CreditError(f"the sampler's state is of {shown(n)} episodes, not {self.n}: resume with those")
+        try:
+            known = {int(e): (float(p), int(seen)) for e, p, seen in state["known"]}
+            version, numbers, gauss = state["rng"]
+            mean, highest, t = float(state["mean"]), float(state["highest"]), int(state["t"])
+            self.rng.setstate((version, tuple(numbers), gauss))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
+            raise CreditError(f"the sampler's state is damaged ({type(e).__name__}): take an older "
+                              "checkpoint") from None
+        self.t, self.mean, self.highest, self.known = t, mean, highest, known
 
     def save(self, checkpoint:str|Path)->None:
         "Write the state into a checkpoint's folder."
@@ -71,4 +78,4 @@ class PrioritySampler:
         path = Path(checkpoint) / "sampler.json"
         if not path.exists():
             raise CreditError(f"{path}: no such file: the checkpoint of a run without a sampler; go on without one")
-        self.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+        self.load_state_dict(parse_json(path.read_bytes(), f"{path}"))

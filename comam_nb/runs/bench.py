@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from ..base.errors import DataError, MemCollabError
-from ..base.files import lock_file
+from ..base.files import lock_file, ordinary_file
+from ..base.values import parse_json
 from ..data import Episode
 from ..readers.scores import answer_reward
 from ..systems.interface import Answer, MemorySystem
@@ -117,16 +118,17 @@ def read_run(
     path:str|Path, # a run file
 )->tuple[dict|None, dict[str, dict], int]: # header, records by id, length in bytes of what could be read
     "Read a run file, without a torn last line. Raises `DataError` for another kind of file, or another broken line."
-    data, start = Path(path).read_bytes() if Path(path).exists() else b"", b'{"run": '
+    data, start = ordinary_file(path).read_bytes() if Path(path).exists() else b"", b'{"run": '
     if data[:len(start)] != start[:len(data)]:
         raise DataError(f"{path}: this is no run file. Name another one: a run would overwrite it.")
     lines = data.split(b"\n")[:-1] # what stands behind the last line end is torn, or empty
     out, size = [], 0
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if not isinstance(record, dict) or ("run" if number == 1 else "id") not in record:
                 raise ValueError("not a line of a run file")
+            if number > 1 and not isinstance(record["id"], str): raise ValueError("the id is no text")
         except ValueError as e:
             if number == len(lines) and number > 1: break
             raise DataError(f"{path}, line {number}: {e}. Is this a run file? Remove it, or name another.") from None

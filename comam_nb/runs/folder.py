@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..base.files import last_checkpoint, text_hash, write_json, write_whole
+from ..base.values import parse_json
 from ..data import Episode
 
 # %% ../../nbs/source/runs/01_folder.ipynb #0939a5ce
@@ -38,7 +39,7 @@ def fresh_dir(
 # %% ../../nbs/source/runs/01_folder.ipynb #b402ebf2
 def _whole_json(path:Path, say:Callable)->dict|None:
     if not path.exists(): return None
-    try: data = json.loads(path.read_text(encoding="utf-8"))
+    try: data = parse_json(path.read_bytes())
     except ValueError: data = None
     if isinstance(data, dict): return data
     say(f"{path} is not whole")
@@ -48,7 +49,7 @@ def _whole_lines(path:Path, say:Callable)->list[dict]: # each with a step
     lines, out = path.read_bytes().splitlines() if path.exists() else [], []
     for line in lines:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if isinstance(record["step"], int): out.append(record)
         except (ValueError, KeyError, TypeError): continue
     torn = len(lines) - len(out)

@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..base.errors import MemCollabError
-from ..base.files import write_whole
+from ..base.errors import DataError, MemCollabError
+from ..base.files import ordinary_file, write_whole
 from ..base.shown import markdown_text
+from ..base.values import json_fault, parse_json, shown
 from ..checks.constraints import Constraint, validate
 from .bank_file import BankHistory, BankRows
 
@@ -95,22 +96,23 @@ def _read_lines(text:str)->list[tuple[str,object]]: # (where, entry or exception
     rows = []
     for n, line in enumerate(text.splitlines(), 1):
         if not line.strip(): continue
-        try: rows.append((f"line {n}", json.loads(line)))
-        except (ValueError, RecursionError) as e: rows.append((f"line {n}", MemCollabError(f"not JSON: {e}")))
+        try: rows.append((f"line {n}", parse_json(line)))
+        except ValueError as e: rows.append((f"line {n}", MemCollabError(f"not JSON: {e}")))
     return rows
 def _read_exchange(
     path:str|Path, # a .json or .jsonl file
 )->tuple[list[tuple[str,object]],str]: # (where, entry or exception), hash of the file
     "Raw entries of an exchange file; raises `MemCollabError` for a file that is none."
     again = "give a file that export_json or export_jsonl wrote"
-    try: data = Path(path).read_bytes()
+    try: data = ordinary_file(path).read_bytes()
+    except DataError as e: raise MemCollabError(f"{path} cannot be read: {e}") from None
     except OSError as e: raise MemCollabError(f"{path} cannot be read: {e.strerror}: check the path") from None
     mark = hashlib.sha256(data).hexdigest()[:16]
     try:
         text = data.decode("utf-8-sig")
         if str(path).endswith(".jsonl"): return _read_lines(text), mark
-        found = json.loads(text)
-    except (ValueError, RecursionError) as e: raise MemCollabError(f"{path} is not JSON ({e}): {again}") from None
+        found = parse_json(text)
+    except ValueError as e: raise MemCollabError(f"{path} is not JSON ({e}): {again}") from None
     if isinstance(found, dict) and found.get("format") == _FORMAT and found.get("format_version") != 1:
         raise MemCollabError(f"{path} has format version {found.get('format_version')!r}, this package reads 1: "
                              "use the version of comam_nb that wrote it")
@@ -127,11 +129,10 @@ def _imported(
 )->Constraint:
     "A stranger's entry: its provenance is the caller's word, its own is a claim; raises `MemCollabError`."
     if isinstance(raw, MemCollabError): raise raw
-    if not isinstance(raw, dict): raise MemCollabError(f"an entry is {str(raw)[:40]!r}: it must be an object")
+    if not isinstance(raw, dict): raise MemCollabError(f"an entry is {shown(raw, 40)}: it must be an object")
     def part(*names): return {k: raw[k] for k in names if k in raw}
     c = Constraint.from_json(part("when", "enforce", "avoid", "category", "subcategory"))
-    try: json.dumps(raw, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError: raise MemCollabError("it holds half a character") from None
+    if why := json_fault(raw): raise MemCollabError(f"it holds {why}")
     if trust: c = Constraint.from_json(c.to_json() | part("source", "models", "support", "status"))
     else:
         claim = raw.get("source")

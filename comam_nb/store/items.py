@@ -19,6 +19,7 @@ import numpy as np
 from ..base.embedders import Embedder, HashingEmbedder, embed
 from ..base.errors import StoreError
 from ..base.database import Database
+from ..base.values import parse_json, shown
 from ..base.postgres import is_address
 from ..base.sqlite import Connection, FileKind
 
@@ -33,7 +34,7 @@ def _check_text(
     where:str,    # whose field, for the error's text
 )->None:
     "Raise `StoreError` unless `value` is text that can be written as UTF-8."
-    if not isinstance(value, str): raise StoreError(f"{where}: {name} is {value!r}: give a str")
+    if not isinstance(value, str): raise StoreError(f"{where}: {name} is {shown(value)}: give a str")
     try: value.encode("utf-8")
     except UnicodeEncodeError as e:
         raise StoreError(f"{where}: {name} holds half a character at position {e.start}: "
@@ -46,10 +47,10 @@ def _check_cites(
 )->tuple[int,...]: # distinct turn numbers, ascending
     "Turn numbers as a sorted tuple; raises `StoreError` for anything that is not a whole number from 1."
     try: cites = list(cites)
-    except TypeError: raise StoreError(f"{where}: cites is {cites!r}: give a list of turn numbers") from None
+    except TypeError: raise StoreError(f"{where}: cites is {shown(cites)}: give a list of turn numbers") from None
     for c in cites:
         if isinstance(c, bool) or not isinstance(c, (int, np.integer)) or not 1 <= c < 2**63:
-            raise StoreError(f"{where}: cites holds {c!r}: give turn numbers, whole and from 1")
+            raise StoreError(f"{where}: cites holds {shown(c)}: give turn numbers, whole and from 1")
     return tuple(sorted({int(c) for c in cites}))
 
 # %% ../../nbs/source/store/01_items.ipynb #4c346b01
@@ -64,10 +65,10 @@ class MemoryItem:
     created:str=""          # when it was stored, ISO-8601 in UTC; empty: the store stamps it
     by:str=""               # the agent that wrote it, and behind it "; model …", "; import …"
     def __post_init__(self):
-        where = f"memory item {self.id!r}"
+        where = f"memory item {shown(self.id)}"
         for name in _TEXT_FIELDS: _check_text(name, getattr(self, name), where)
-        if self.granularity not in _GRANULARITIES:
-            raise StoreError(f"{where}: granularity is {self.granularity!r}: use one of {_GRANULARITIES}")
+        if not isinstance(self.granularity, str) or self.granularity not in _GRANULARITIES:
+            raise StoreError(f"{where}: granularity is {shown(self.granularity)}: use one of {_GRANULARITIES}")
         object.__setattr__(self, "cites", _check_cites(self.cites, where))
     def to_json(self)->dict:
         "As JSON."
@@ -77,7 +78,8 @@ class MemoryItem:
         "From JSON; raises `StoreError` for what is no item."
         try: return cls(**d)
         except TypeError:
-            raise StoreError(f"not a memory item: {d!r}: give a dict with keys of {(*_TEXT_FIELDS, 'cites')}") from None
+            raise StoreError(f"not a memory item: {shown(d)}: give a dict with keys of "
+                             f"{(*_TEXT_FIELDS, 'cites')}") from None
     def __repr__(self):
         cites = ",".join(map(str, self.cites))
         return f"<{self.id or 'new'} {self.user} {self.granularity} {{{cites}}} {self.text!r}>"
@@ -223,7 +225,10 @@ def _row_to_item(
 )->MemoryItem:
     "An item from its row."
     id, user, text, granularity, cites, created, by = row
-    return MemoryItem(id, user, text, granularity, json.loads(cites), created, by)
+    try: return MemoryItem(id, user, text, granularity, parse_json(cites), created, by)
+    except (ValueError, TypeError) as e: # StoreError is one
+        raise StoreError(f"the stored item {shown(id)} of {shown(user)} is damaged ({e}): take back an older file, or "
+                         "forget the item") from None
 def _blobs_to_vectors(
     blobs:list[bytes], # n blobs of dim little-endian float32
     dim:int,           # numbers in each
@@ -504,6 +509,7 @@ class MemoryStore:
         """Delete items of a user (None: all) for good, in the file too; ids that the user does not have do not count.
         Waits up to 5 s for readers; if bytes remain, that is a warning, which stands in `remains`, too. `rewrite` says
         whether the whole file is written anew, which rids its unused parts of traces; None: if it has at most 64 MB."""
+        if not isinstance(ids, (Iterable, type(None))): raise StoreError(f"forget: ids is {shown(ids)}: give a list")
         ids = [ids] if isinstance(ids, str) else ids if ids is None else list(ids)
         for text in (user, *(ids or ())): _check_text("user or id", text, "forget")
         return self._delete(user, ids, rewrite)

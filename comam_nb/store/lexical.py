@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..base.unspaced import UNSPACED, script_pieces
+from ..base.values import parse_json
 
 # %% ../../nbs/source/store/02_lexical.ipynb #84d66852
 _TERM = re.compile(r"\w{2,}")
@@ -431,7 +432,12 @@ def _freeze(
 def _sound(l:_Lists, text:np.ndarray, n:int)->bool:
     "Whether the numbers of a thawed list point where they may."
     ends = len(l.starts) == len(l.names) + 1 and l.names.ends[-1] == len(text)
-    return ends and l.starts[-1] == len(l.docs) == len(l.counts) and l.docs.max(initial=0) < max(n, 1)
+    rising = all((np.diff(x) >= 0).all() and x[0] >= 0 for x in (l.starts, l.names.ends)) and l.docs.min(initial=0) >= 0
+    if not (ends and rising and l.starts[0] == l.names.ends[0] == 0): return False
+    bytes(text).decode() # UnicodeDecodeError is a ValueError
+    cut = text[l.names.ends[:-1]] if len(text) else text # where a name begins
+    if ((cut & 0xc0) == 0x80).any(): return False # in the middle of a character
+    return l.starts[-1] == len(l.docs) == len(l.counts) and l.docs.max(initial=0) < max(n, 1)
 def _thaw(
     checksum:int, # as `_freeze` gave them
     layout:str,
@@ -442,9 +448,10 @@ def _thaw(
     try:
         if zlib.crc32(data, zlib.crc32(layout.encode(), _CUT)) != checksum: return None
         arrays, begins, at = [], [], 0
-        for kind, n in json.loads(layout):
+        for kind, n in parse_json(layout):
             arrays.append(np.frombuffer(data, kind, n, at)); begins.append(at)
             at += arrays[-1].nbytes
+            if arrays[-1].dtype.kind not in "iu": return None
         lists = []
         for i in range(1, 26, 5): # five lists of five arrays each, behind the row numbers
             _, ends, starts, docs, counts = arrays[i:i + 5]
