@@ -15,11 +15,10 @@ from scipy.stats import binomtest
 
 from ..agents import Agent, ExtractionAgent, Note, ProfileAgent, RetrievalAgent, act
 from ..base.fences import as_data
-from ..checks.constraints import Constraint, validate
+from ..checks.constraints import Constraint
 from ..data import Query, Session, make_history
 from ..lm.prompts import PROMPTS
 from ..mdp import State
-from ..memcollab.attempts import with_memory
 from ..memory import Assistant
 from ..store.items import MemoryItem, MemoryStore
 
