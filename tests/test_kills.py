@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from comam_nb.base.embedders import HashingEmbedder
-from comam_nb.base.errors import MemCollabError, StoreError
 from comam_nb.checks.constraints import Constraint
 from comam_nb.cli.__main__ import main
 from comam_nb.memcollab.bank import ConstraintBank
@@ -162,7 +161,8 @@ def test_a_kill_between_forgetting_and_wiping(tmp_path, when):
         setattr(sqlite._Connection, sys.argv[2], dies)
         MemoryStore(sys.argv[1], HashingEmbedder(16)).forget("ana", "a")"""
     path, step = tmp_path / "m.db", "wipe" if when.startswith("before") else "empty_log"
-    with MemoryStore(path, SMALL) as store: store.add([MemoryItem("a", "ana", "SECRETTEXT"), MemoryItem("b", "ana", "x")])
+    with MemoryStore(path, SMALL) as store:
+        store.add([MemoryItem("a", "ana", "SECRETTEXT"), MemoryItem("b", "ana", "x")])
     done = subprocess.run([sys.executable, "-c", code, str(path), step], capture_output=True)
     assert done.returncode == -signal.SIGKILL and left(tmp_path, "SECRETTEXT")
     holds = sqlite3.connect(path) # so that nobody is the last to close it, which would empty the log

@@ -274,6 +274,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tok, tmp_path):
     with pytest.raises(KeyboardInterrupt, match="profile stopped after step"): start("stopped", press="profile, step 4")
     assert (tmp_path / "stopped" / "checkpoints" / "profile").is_dir()
     with open(tmp_path / "stopped" / "warm_start.jsonl", "a") as f: f.write('{"agent": "profile", "st') # killed there
+    (tmp_path / "stopped" / "checkpoints" / "profile" / "before.json").write_text("[2.5, ")
     came, v = start("stopped", resume=True)
     assert came == straight and all(torch.equal(w[k], v[k]) for k in w)
     log = (tmp_path / "stopped" / "warm_start.jsonl").read_text().splitlines()

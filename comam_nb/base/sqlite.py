@@ -135,8 +135,8 @@ class _Connection(sqlite3.Connection):
             return held
         finally: self.execute("PRAGMA temp_store=DEFAULT")
         if rewrite: return ""
-        return (f"the file ({pages * size / 2**20:.0f} MB) was not written anew: unused parts of it may hold pieces of what was "
-                "deleted; forget with rewrite=True writes it anew")
+        return (f"the file ({pages * size / 2**20:.0f} MB) was not written anew: unused parts of it may hold pieces of "
+                "what was deleted; forget with rewrite=True writes it anew")
     def says(self, e:Exception)->str:
         return (f"SQLite says {str(e)!r}; this call changed nothing: "
                 "check the disk, the permissions and other processes that use the file")

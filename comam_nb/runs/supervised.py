@@ -160,9 +160,19 @@ def _settings(policy:Backbone, folder:Path, watched:bool, steps:int, lr:float, b
         seed=seed, use_cpu=on_cpu, disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True})
 
 # %% ../../nbs/source/runs/10_supervised.ipynb #7ec43c8a
+def _losses_before(folder:Path, say:Callable[[str], None])->list[float|None]|None:
+    "Of a run that goes on; None if they are missing, or torn, which is said."
+    path = folder / "before.json"
+    if not path.is_file(): return None
+    try: before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError: before = None
+    if isinstance(before, list) and len(before) == 2: return before
+    say(f"{path} is not whole: the losses are measured again")
+    return None
+
 def _resumed(folder:Path, log:Path, name:str, say:Callable[[str], None])->Path|None:
     "The checkpoint to go on from; lines of the log from behind it are dropped."
-    last = last_checkpoint(folder, say) if (folder / "before.json").is_file() else None
+    last = last_checkpoint(folder, say)
     step = int(last.name.split("-")[1]) if last else -1
     kept = [d for d in _said(log) if d["agent"] != name or d["step"] <= step]
     write_whole(log, "".join(json.dumps(d) + "\n" for d in kept))
@@ -183,10 +193,10 @@ def _taught(team:Team, names:tuple[str, ...], training:list[Demonstration], vali
                        train_dataset=data.select(order), callbacks=[log, *stops])
         losses = lambda: (pupil.nats(seen), pupil.nats(watch) if watch else None)
         last = _resumed(folder, log.path, name, say)
-        if last: before = json.loads((folder / "before.json").read_text(encoding="utf-8"))
-        else:
+        before = _losses_before(folder, say) if last else None
+        if before is None: # the checkpoint is not loaded yet
             log.loss, _ = before = losses()
-            log.line(0, before[1])
+            if not last: log.line(0, before[1])
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "before.json", list(before))
         with running(pupil), on_signals(log.stop): pupil.train(resume_from_checkpoint=str(last) if last else None)
