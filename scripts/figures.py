@@ -140,7 +140,8 @@ def place(entry: dict):
     plain += entry["text"][last:]
     pattern = re.escape(plain).replace(re.escape(" … "), r"[\s\S]*?")
     found = [m.span() for m in re.finditer(pattern, prose(entry["page"]))]
-    if len(found) != 1: raise ValueError(f"the text stands in the page {len(found)} times, not once")
+    if len(found) != 1: raise ValueError(f"the text stands in the page {len(found)} times, not once: "
+                                         "who changes a sentence changes it in nbs/logs/figures.toml, too")
     return found[0], [(found[0][0] + a, found[0][0] + b) for a, b in spans]
 
 def wrong(figure: dict):
