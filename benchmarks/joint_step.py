@@ -57,7 +57,8 @@ def run_trl(a, **engine):
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
-    tok = AutoTokenizer.from_pretrained(a.model, padding_side="left"); tok.pad_token = tok.eos_token
+    tok = AutoTokenizer.from_pretrained(a.model, padding_side="left", trust_remote_code=False)
+    tok.pad_token = tok.eos_token
     rows, times = [{"prompt": p[n]} for n in NAMES for p in each_episode(tok, a)] * a.steps, clock()
     micro, half = a.micro or a.G, a.dtype == "bfloat16"
     config = GRPOConfig(a.out, per_device_train_batch_size=micro, gradient_accumulation_steps=3 * a.E * a.G // micro,
@@ -65,7 +66,8 @@ def run_trl(a, **engine):
                         generation_kwargs={"min_new_tokens": a.new}, bf16=half, use_cpu=not torch.cuda.is_available(),
                         report_to="none", beta=0.0, learning_rate=1e-5, save_strategy="no",
                         shuffle_dataset=False, disable_tqdm=True, gradient_checkpointing=False, **engine)
-    trainer = GRPOTrainer(model=AutoModelForCausalLM.from_pretrained(a.model, dtype=getattr(torch, a.dtype)),
+    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=getattr(torch, a.dtype), trust_remote_code=False)
+    trainer = GRPOTrainer(model=model,
                           reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions], args=config,
                           train_dataset=Dataset.from_list(rows), processing_class=tok, peft_config=LoraConfig(r=16,
         target_modules="all-linear"), callbacks=[times])
@@ -80,9 +82,10 @@ def run_comlrl(a):
     from comlrl.trainers.reinforce.magrpo import MAGRPOConfig, MAGRPOTrainer
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    tok = AutoTokenizer.from_pretrained(a.model); tok.pad_token = tok.eos_token
-    models, prompts, began = [AutoModelForCausalLM.from_pretrained(a.model, dtype=getattr(torch, a.dtype))
-                              for _ in NAMES], texts(tok, a.prompt), []
+    tok = AutoTokenizer.from_pretrained(a.model, trust_remote_code=False); tok.pad_token = tok.eos_token
+    kind = getattr(torch, a.dtype)
+    models = [AutoModelForCausalLM.from_pretrained(a.model, dtype=kind, trust_remote_code=False) for _ in NAMES]
+    prompts, began = texts(tok, a.prompt), []
     def first(x): # a step begins by asking for the first agent's prompt: CoMLRL has no callback for a step
         began.append(time.perf_counter())
         return prompts[NAMES[0]]

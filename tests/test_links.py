@@ -1,18 +1,16 @@
-"To find one's way: links, chapters by number, equations, minutes, pictures, and README's figures beside their log."
-import csv
+"To find one's way: links, chapters by number, equations, minutes, pictures, and figures beside their logs."
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 
 import pytest
-from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import equations  # noqa: E402
+import figures  # noqa: E402
 import links  # noqa: E402
 import minutes  # noqa: E402
 import pictures  # noqa: E402
@@ -117,16 +115,59 @@ def test_seconds_are_read_from_words():
 
 def test_pictures_are_what_their_script_draws(): assert pictures.main(["--check"]) == 0
 
-def test_readmes_ablation_is_that_of_the_log():
-    arms = {}
-    for r in csv.DictReader((ROOT / "nbs/logs/reproduction/table.csv").open()):
-        arms.setdefault(r["arm"], []).append(float(r["answer_accuracy"]))
-    names = {"not at all": "warm_start", "each alone": "independent", "one policy": "shared", "own rewards": "local",
-             "answer's only": "global", "equal shares |": "equal", "adaptive": "adaptive"}
-    def interval(x): return statistics.mean(x), stats.t.ppf(.975, len(x) - 1) * statistics.stdev(x) / len(x) ** .5
-    for name, arm in names.items():
-        row, = [l for l in INDEX.splitlines() if l.startswith("|") and name in l and "±" in l]
-        found = [float(n.replace("−", "-")) for n in re.findall(r"[+−]?\.\d{3}", row)]
-        paired = [a - b for a, b in zip(arms[arm], arms["equal"])]
-        want = interval(arms[arm]) + (interval(paired) if arm != "equal" else ())
-        assert found == pytest.approx(want, abs=.00051), name
+
+# ---- figures
+
+def test_every_bound_figure_is_its_logs(): assert list(figures.out_of_step()) == []
+
+PAGE = """Accuracy is .75 ± .15, nine points more. Prompt: 4,096 tokens. It took 12 s.
+
+| a | +.250 | half | of .50 |"""
+
+def bound(text, log="logs/t.csv", **more):
+    return {"page": "p.ipynb", "text": text, "log": log, **more}
+
+def rows(**more): return {"where": {"arm": "b"}, "column": "x"} | more
+
+@pytest.mark.parametrize("figure, why", [
+    (bound("is {.75} ±", **rows(of=["mean"])), None),
+    (bound("is .75 ± {.15}", **rows(of=["half"])), "says .15, logs/t.csv says 0.635"),
+    (bound("{nine} points", **rows(of=["mean difference"], minus={"arm": "a"}, scale=100)), "says nine, logs/t.csv"),
+    (bound("| {+.250} |", **rows(of=["mean difference"], minus={"arm": "a"})), None),
+    (bound("{nine} points", "logs/t.txt", find=r"^other (\S+)$", scale=100), None),
+    (bound("{4,096} tokens. It took {12} s", "logs/t.txt", find=[r"^tokens (\S+)", r"in (\S+) s"]), None),
+    (bound("took {12} s", "logs/t.json", column="after.seconds", of=["mean"]), "says 12, logs/t.json says 13"),
+    (bound("took {12} s", "p.ipynb#abc", find=r"(\d+) s"), None),
+    (bound("took {12} s", "p.ipynb#none", find=r"(\d+) s"), "StopIteration"),
+    (bound("took {13} s", "logs/t.txt", find=r"in (\S+) s"), "the text stands in the page 0 times"),
+    (bound("took {12} s", "logs/t.txt", find=r"(\d+)"), "times, not once"),
+    (bound("{4,096} tokens. It took {12} s", "logs/t.txt", find=r"in (\S+) s"), "2 numbers in braces, 1 values"),
+    (bound("took {12} s", "logs/none.txt", find=r"in (\S+) s"), "FileNotFoundError"),
+    (bound("took {12} s", "other/t.txt", find=r"in (\S+) s"), "does not say how other/t.txt is made"),
+])
+def test_a_figure_is_read_from_its_log(small, figure, why):
+    assert (figures.wrong(figure) or "").count(why or "") == 1 if why else figures.wrong(figure) is None
+
+def test_what_looks_measured_and_is_not_bound_is_an_error(small):
+    small["figure"] += [bound("is {.75} ±", **rows(of=["mean"])), bound("took {12} s", "p.ipynb#abc", find=r"(\d+) s")]
+    small["given"] = [{"page": "p.ipynb", "text": "| half … .50 |", "why": "a setting"}]
+    left = list(figures.out_of_step())
+    assert [re.search(r"\.15|\.250", l)[0] for l in left] == [".15", ".250"], left
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    "A page, its logs and an empty table."
+    cached = figures.cells, figures.prose, figures.read, figures.beside, figures.places
+    cells = [{"cell_type": "markdown", "source": [PAGE]},
+             {"cell_type": "code", "id": "abc", "source": [], "outputs": [{"text": ["in 12 s"]}]}]
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "p.ipynb").write_text(json.dumps({"cells": cells}))
+    (tmp_path / "logs/t.csv").write_text("arm,x\na,.45\na,.55\nb,.7\nb,.8\n")
+    (tmp_path / "logs/t.txt").write_text("tokens 4096\nother 0.094\nin 11.6 s\n")
+    (tmp_path / "logs/t.json").write_text('{"after": {"seconds": 13}}')
+    table = {"whole": ["p.ipynb"], "commands": {"logs/": "make"}, "figure": []}
+    monkeypatch.setattr(figures, "NBS", tmp_path)
+    monkeypatch.setattr(figures, "table", lambda: table)
+    for f in cached: f.cache_clear()
+    yield table
+    for f in cached: f.cache_clear()

@@ -1,4 +1,5 @@
 "Adapters and their files, the judge's mode, templates, the kernels' switch, and stop texts."
+import builtins
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import comam_nb
-from comam_nb.base.errors import BackboneError
+from comam_nb.base.embedders import HFEmbedder
+from comam_nb.base.errors import BackboneError, StoreError
 from comam_nb.lm.backbone import Backbone, load_backbone, prompt_ids, template_length
 from comam_nb.lm.cpu_kernels import use_kernels
 from comam_nb.lm.decoding import sample_each, sample_group, sample_rows
@@ -184,6 +186,22 @@ def test_the_template_is_measured_and_takes_arguments(tmp_path):
     assert [template_length(b) for b in (thinking, quiet, none)] == [2, 4, 0]
     quiet.template_args = {} # measured anew
     assert template_length(quiet) == 2
+
+
+# ---- code that a model brings along ----
+@pytest.mark.parametrize("which", ["model", "encoder"])
+def test_code_that_a_model_brings_is_never_run_whatever_a_terminal_says(tmp_path, monkeypatch, which):
+    ran = tmp_path / "ran"
+    for n in ("configuration_x", "modeling_x", "tokenization_x"):
+        (tmp_path / f"{n}.py").write_text(f"open({str(ran)!r}, 'w')\nclass X: pass\n")
+    places = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X", "AutoModel": "modeling_x.X"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x_of_its_own", "auto_map": places}))
+    reader = {"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(reader))
+    monkeypatch.setattr(builtins, "input", lambda *a: "y") # what transformers asks at a terminal
+    with pytest.raises((BackboneError, StoreError), match="custom code"):
+        load_backbone(tmp_path) if which == "model" else HFEmbedder(str(tmp_path))
+    assert not ran.exists()
 
 
 # ---- the kernels' switch ----

@@ -99,8 +99,8 @@ def _load_encoder(
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
-        return AutoTokenizer.from_pretrained(path), model.eval()
+        model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False), model.eval()
     except (OSError, ValueError) as e:
         raise StoreError(f"no sentence encoder at {path!r} ({str(e).strip().splitlines()[0]}): "
                          "give a directory or a hub id that holds safetensors, "

@@ -123,12 +123,13 @@ def _convert_gguf(path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     if find_spec("gguf") is None:
         raise BackboneError(f"{path}: reading GGUF needs the package `gguf`: pip install 'comam_nb[gguf]'")
-    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32,
+                                                  trust_remote_code=False)
     settings = {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     model = type(loaded)(type(loaded.config)(**settings))
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
-    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
 
 # %% ../../nbs/source/lm/03_backbone.ipynb #e83adc78
 _CONVERSION = 1 # counts up when `_convert_gguf` gives something else
@@ -165,7 +166,7 @@ def _keep_copy(model, tok, path, place):
     try:
         model.save_pretrained(aside)
         tok.save_pretrained(aside)
-        again = AutoTokenizer.from_pretrained(aside)
+        again = AutoTokenizer.from_pretrained(aside, trust_remote_code=False)
         if again.backend_tokenizer.to_str() != tok.backend_tokenizer.to_str():
             raise ValueError("its tokenizer would not come back as it is")
         write_json(aside / "made_from.json", {**_origin(path), "files": _sizes(aside)})
@@ -180,9 +181,9 @@ def _take_copy(place, path): # model in float32 and tokenizer, or None
     why = _why_again(place, path)
     try:
         if not why:
-            model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, trust_remote_code=False)
             model.name_or_path = model.config._name_or_path = "" # adapters shall not name our cache as their base
-            return model, AutoTokenizer.from_pretrained(place)
+            return model, AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as e: why = f"it cannot be read ({type(e).__name__})" # whatever readers of damaged files raise
     print(f"{place}: {why}: it is made again", flush=True)
     return None
@@ -265,11 +266,11 @@ def load_backbone(
     try:
         if str(where).endswith(".gguf"): model, tok = _load_gguf(Path(where), kind)
         else:
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, **more)
-            tok = AutoTokenizer.from_pretrained(where)
-    except (OSError, KeyError) as e:
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, trust_remote_code=False, **more)
+            tok = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    except (OSError, KeyError, ValueError) as e: # ValueError: it brings code of its own, which is never run
         raise BackboneError(f"{name_or_path}: cannot be loaded as a causal language model ({str(e).splitlines()[0]}): "
-                            "name a model directory, a .gguf file or a hub id") from e
+                            "name a model directory, a .gguf file or a hub id; a model's own code is never run") from e
     if tok.pad_token is None: tok.pad_token = tok.eos_token
     tok.padding_side = "left"
     if not chat: tok.chat_template = None
