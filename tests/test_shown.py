@@ -55,7 +55,7 @@ def pages(folder):
     from comam_nb.base.drawings import Drawing
     from comam_nb.base.statistics import Interval
     from comam_nb.credit import Credit
-    from comam_nb.mdp import Action, MemoryMDP, Note, State, Trajectory, Transition
+    from comam_nb.mdp import Action, Note, State, Trajectory, Transition
     from comam_nb.memcollab.bank import ConstraintBank
     from comam_nb.memcollab.contrast import Pair, _Pairs
     from comam_nb.memcollab.hits import Retrieved
