@@ -378,7 +378,8 @@ def test_each_wall_holds_alone(wall, body, world):
 
 def test_missing_walls_are_named_loudly():
     sandbox._warn_once.cache_clear()
-    with pytest.warns(RuntimeWarning, match="NOT TIGHT.*reading outside.*System V queues.*none"): weak = _confinement(walls=())
+    with pytest.warns(RuntimeWarning, match="NOT TIGHT.*reading outside.*System V queues.*none"):
+        weak = _confinement(walls=())
     assert not weak["reading outside"] and not weak["processes"] and not weak["wall: seccomp"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
