@@ -152,10 +152,10 @@ class Trajectory:
 
     def to_json(self)->dict[str, Any]: # plain JSON values
         "The episode once, then the acts; `from_json` is its inverse."
-        acts = [dict(agent=x.agent, prompt=x.prompt, text=x.text,
-                     action=x.action.to_json(), prompt_ids=list(x.prompt_ids),
-                     action_ids=list(x.action_ids), reward=x.reward)
-                for x in self.transitions]
+        acts:list[dict[str, Any]] = [
+            dict(agent=x.agent, prompt=x.prompt, text=x.text, action=x.action.to_json(),
+                 prompt_ids=list(x.prompt_ids), action_ids=list(x.action_ids),
+                 reward=x.reward) for x in self.transitions]
         for a, x in zip(acts, self.transitions): # a process of one's own may build on it
             if x.state.agents != AGENTS and x.state.shown is not None:
                 a["shown"] = [asdict(n) for n in x.state.shown]

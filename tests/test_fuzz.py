@@ -1,5 +1,6 @@
 """Damaged input: every reader and parser raises what it documents, or nothing, and needs time in proportion.
-`python scripts/fuzz.py --inputs 2000000` is the long run; `pytest -m slow tests/test_fuzz.py` doubles inputs to 4 MB."""
+`python scripts/fuzz.py --inputs 2000000` is the long run; `pytest -m slow tests/test_fuzz.py` doubles inputs up to
+4 MB."""
 import importlib.util, json, os, sys, time
 from pathlib import Path
 

@@ -269,7 +269,7 @@ def make_history(
     for n, s in enumerate(sessions, 1):
         if not isinstance(s, (Session, Iterable)):
             raise DataError(f"session {n} is {shown(s)}. Give a list of messages.")
-        s = s if isinstance(s, Session) else Session(f"s{n}", s)
+        s = s if isinstance(s, Session) else Session(f"s{n}", tuple(s))
         messages = []
         for i, m in enumerate(s.messages, 1):
             turn += 1

@@ -128,7 +128,8 @@ def ordinary_file(
     try:
         if path.is_file(): return path
         there = path.exists()
-    except (OSError, ValueError) as e: raise DataError(f"{str(path)!r} cannot be looked at ({e}): check the path") from None
+    except (OSError, ValueError) as e:
+        raise DataError(f"{str(path)!r} cannot be looked at ({e}): check the path") from None
     if not there: raise DataError(f"{path}: there is no such file: check the path")
     raise DataError(f"{path}: a folder, a pipe or a device, and no file: give a file")
 

@@ -292,7 +292,9 @@ def _keeper(
     """Start judge and candidate, wait, kill, report: "verdict" (the judge's text), "late" (whose time was up: "code",
     "tests" or ""), "status" (the candidate's, None if we ended it), "out", "err" and "seconds"."""
     try: life = _life_lines(job["life"], job["caller"])
-    except ProcessLookupError: return _clear_away(job["folder"]) or {}
+    except ProcessLookupError: # the caller has ended already
+        _clear_away(job["folder"])
+        return {}
     if sys.platform == "linux": ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # subreaper
     (ask_r, ask_w), (ans_r, ans_w), (ver_r, ver_w), (out_r, out_w), (err_r, err_w) = (os.pipe() for _ in range(5))
     null, pids = os.open(os.devnull, os.O_WRONLY), []

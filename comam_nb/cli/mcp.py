@@ -55,7 +55,8 @@ def _memory_tools(store:"MemoryStore")->list[Callable[..., dict[str, Any]]]: # e
              "stored": i.created, "score": round(score, 3)} for score, i in items]}
 
     def forget(user:User, ids:Ids)->dict[str, Any]:
-        "Delete items for good; with a fact goes the profile that was made from it. All of these ids, or none. `remains` says what is left."
+        """Delete items for good; with a fact goes the profile that was made from it. All of these ids, or none.
+        `remains` says what is left."""
         known(user)
         forgotten, profile = store.retract(user, ids)
         remains = {"remains": store.remains} if store.remains else {}

@@ -9,7 +9,8 @@ __all__ = []
 import argparse
 from pathlib import Path
 
-from .common import printable, rewards_of, team_of
+from ..base.shown import printable
+from .common import rewards_of, team_of
 from ..runs.folder import CommandError, Run
 
 # %% ../../nbs/source/cli/06_replay.ipynb #53be9bbf

@@ -6,7 +6,7 @@
 __all__ = ['BankFile', 'Version', 'BankRows', 'BankHistory']
 
 # %% ../../nbs/source/store/03_bank_file.ipynb #e346c7bf
-import json
+import json, warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -407,7 +407,9 @@ class BankRows:
             if not (ids := _from_source(db, kind, name)):
                 raise MemCollabError(f"{self.file.path}: nothing came from the {kind} {name!r}: nothing was removed")
             _erase(db, ids, _new_version(db, "forget", f"{kind} {name}"))
-        with self.file.session() as db: db.wipe()
+            db.owe()
+        if remains := self.file.wipe():
+            warnings.warn(f"{self.file.path}: {len(ids)} entries are erased, but {remains}", RuntimeWarning, 3)
         return ids
     def revise(self, id:str, new:Constraint, note:str="")->str: # the new id
         "Replace an entry by a better wording; raises `MemCollabError` for an unknown id or a refused text."
