@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from comam_nb.base.shown import markdown_text, printable, visible_streams
+from comam_nb.base.printable import markdown_text, printable, visible_streams
 from comam_nb.checks.constraints import Constraint, Distillation
 from comam_nb.checks.sandbox import Verdict
 from comam_nb.checks.tasks import Task

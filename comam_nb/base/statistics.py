@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .errors import DataError
-from .shown import markdown_text
+from .printable import markdown_text
 
 # %% ../../nbs/source/base/05_statistics.ipynb #ee912ccf
 @dataclass(frozen=True)

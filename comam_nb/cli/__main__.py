@@ -10,7 +10,7 @@ import argparse, os, sys, warnings
 from collections.abc import Sequence
 
 from .. import __version__
-from ..base.shown import printable, visible_streams
+from ..base.printable import printable, visible_streams
 from .answer import add_answer
 from .chat import add_chat
 from .evaluate import add_eval

@@ -9,7 +9,7 @@ __all__ = []
 import argparse
 
 from ..base.errors import ChatDown
-from ..base.shown import printable
+from ..base.printable import printable
 from .common import add_endpoint_arguments, add_model_arguments, fill_model_arguments
 from .common import language_team
 from ..runs.folder import CommandError

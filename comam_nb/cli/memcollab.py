@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
-from ..base.shown import printable, visible_streams
+from ..base.printable import printable, visible_streams
 from .memcollab_build import add_build
 from .memcollab_eval import add_eval
 from .memcollab_show import add_show

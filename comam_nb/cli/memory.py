@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..base.files import ordinary_file, write_whole
-from ..base.shown import printable
+from ..base.printable import printable
 from ..base.values import parse_json
 from ..runs.folder import CommandError
 

@@ -9,7 +9,7 @@ __all__ = []
 import argparse
 from pathlib import Path
 
-from ..base.shown import printable
+from ..base.printable import printable
 from .common import rewards_of, team_of
 from ..runs.folder import CommandError, Run
 

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..base.files import write_json, write_whole
-from ..base.shown import markdown_text
+from ..base.printable import markdown_text
 from .folder import CommandError, Run
 
 # %% ../../nbs/source/runs/14_card.ipynb #8d5f3b5b

@@ -19,7 +19,7 @@ from ..agents import Agent
 from ..base.errors import DataError
 from ..base.fences import unmarked
 from ..base.files import write_whole
-from ..base.shown import markdown_text
+from ..base.printable import markdown_text
 from ..base.statistics import bootstrap, comparison_table
 from ..data import Episode, Query
 from ..lm.backbone import Backbone

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..base.errors import DataError, MemCollabError
 from ..base.files import ordinary_file, write_whole
-from ..base.shown import markdown_text
+from ..base.printable import markdown_text
 from ..base.values import json_fault, parse_json, shown
 from ..checks.constraints import Constraint, validate
 from .bank_file import BankHistory, BankRows
