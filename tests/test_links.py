@@ -171,3 +171,10 @@ def small(tmp_path, monkeypatch):
     for f in cached: f.cache_clear()
     yield table
     for f in cached: f.cache_clear()
+
+@pytest.mark.parametrize("page", ["nbs/reference/trust.md", "nbs/source/checks/03_sandbox.ipynb", "SECURITY.md"])
+def test_what_is_promised_names_tests_that_exist(page):
+    tests = {p.stem: p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py")}
+    named = set(re.findall(r"`(?:tests/)?(test_\w+)(?:\.py)?`", (ROOT / page).read_text(encoding="utf-8")))
+    assert len(named) > 3
+    assert not [n for n in named if n not in tests and not any(f"def {n}(" in text for text in tests.values())]
