@@ -303,7 +303,8 @@ def change_value(value, rng, in_file):
         elif how == 6 and isinstance(old, dict) and old:
             gone = rng.choice(list(old))
             new = {k: v for k, v in old.items() if k != gone}
-        elif how == 7: new = rng.choice((_DEEP, _STEEP, _LONG)) if in_file else rng.choice((deep(), deep(900), 10**5000, {1: 2, None: 3}))
+        elif how == 7: new = rng.choice((_DEEP, _STEEP, _LONG) if in_file else
+                                        (deep(), deep(900), 10**5000, {1: 2, None: 3}))
         elif how == 8 and isinstance(old, str): new = change_text(old, rng)
         value = _put(value, path, new)
     return value
@@ -447,7 +448,8 @@ def run(targets, inputs, seconds=None, seed=0, say=lambda line: None):
                 done += 1
         if time.monotonic() - told > 60:
             told = time.monotonic()
-            say(f"{done} inputs, {sum(sum(o.counts.values()) for o in out.values())} faults")
+            said = [f"{name}: {kind}, {n} times" for name, o in out.items() for kind, n in o.counts.items()]
+            say("; ".join([f"{done} inputs, {sum(sum(o.counts.values()) for o in out.values())} faults", *said]))
     return out
 
 def report(out):
