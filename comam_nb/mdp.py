@@ -17,7 +17,7 @@ from .agents import Action, Agent, ExtractionAgent, Note
 from .agents import ProfileAgent, RetrievalAgent, act
 from .base.errors import BackboneError, DataError
 from .base.files import ordinary_file, write_whole
-from .base.values import parse_json
+from .base.values import parse_json, shown
 from .data import Episode, Query, Session, example_episode
 from .lm.decoding import own_draws
 
@@ -171,7 +171,7 @@ class Trajectory:
         "Rebuild a trajectory; the states follow from the actions."
         names, known = [x["agent"] for x in d["transitions"]], [*process.agents]
         if names != known[:len(names)]:
-            raise ValueError(f"its agents are {names}, and those of the process {known}: "
+            raise ValueError(f"its agents are {shown(names)}, and those of the process {known}: "
                              "name the process that it was made with")
         mdp = process(Episode.from_json(d["episode"]), intervene)
         t, state = cls(mdp.episode, answer_reward=d["answer_reward"]), mdp.reset()
@@ -179,8 +179,8 @@ class Trajectory:
             action = Action.from_json(x["action"])
             ids = tuple(x["prompt_ids"]), tuple(x["action_ids"])
             if "shown" in x:
-                shown = tuple(Note(n["text"], tuple(n["cites"])) for n in x["shown"])
-                state = replace(state, shown=shown)
+                notes = tuple(Note(n["text"], tuple(n["cites"])) for n in x["shown"])
+                state = replace(state, shown=notes)
             t.transitions.append(Transition(x["agent"], state, x["prompt"], x["text"],
                                             action, *ids, x["reward"]))
             state = mdp.step(state, action)

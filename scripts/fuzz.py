@@ -266,7 +266,7 @@ def _failed_step():
 
 # ---- changes
 
-_DEEP, _LONG = "\x00deep\x00", "\x00long\x00" # stand for what json.dumps cannot write
+_DEEP, _STEEP, _LONG = "\x00deep\x00", "\x00steep\x00", "\x00long\x00" # stand for what json.dumps cannot write
 _ODD = [None, True, False, 0, -1, 2**63, 2**64, 10**40, 1e308, -0.0, float("nan"), float("inf"), "", " ", "\0",
         "\ud800", "\udfff\ud800", "a\u0000b", "\u202e", "\ue200", "9" * 5000, [], {}, [[]], [None], {"a": None}, "user",
         "assistant", "[1]",
@@ -303,7 +303,8 @@ def change_value(value, rng, in_file):
         elif how == 6 and isinstance(old, dict) and old:
             gone = rng.choice(list(old))
             new = {k: v for k, v in old.items() if k != gone}
-        elif how == 7: new = rng.choice((_DEEP, _LONG)) if in_file else rng.choice((deep(), 10**5000, {1: 2, None: 3}))
+        elif how == 7: new = rng.choice((_DEEP, _STEEP, _LONG) if in_file else
+                                        (deep(), deep(900), 10**5000, {1: 2, None: 3}))
         elif how == 8 and isinstance(old, str): new = change_text(old, rng)
         value = _put(value, path, new)
     return value
@@ -336,6 +337,7 @@ def _written(value):
     text = json.dumps(value, ensure_ascii=True)
     if "\\u0000" in text:
         text = text.replace(json.dumps(_DEEP), "[" * 100_000 + "]" * 100_000).replace(json.dumps(_LONG), "9" * 5000)
+        text = text.replace(json.dumps(_STEEP), "[" * 900 + "]" * 900) # is read, and then too deep for repr and copies
     return text.encode()
 
 def change_bytes(data, rng):
@@ -446,7 +448,8 @@ def run(targets, inputs, seconds=None, seed=0, say=lambda line: None):
                 done += 1
         if time.monotonic() - told > 60:
             told = time.monotonic()
-            say(f"{done} inputs, {sum(sum(o.counts.values()) for o in out.values())} faults")
+            said = [f"{name}: {kind}, {n} times" for name, o in out.items() for kind, n in o.counts.items()]
+            say("; ".join([f"{done} inputs, {sum(sum(o.counts.values()) for o in out.values())} faults", *said]))
     return out
 
 def report(out):

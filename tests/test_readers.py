@@ -154,6 +154,66 @@ def test_odd_turns_of_sharegpt(tmp_path, turn, kept):
     assert said(path) == [("user", "I live in Faro."), *[("assistant", "Hello.")] * kept, ("user", "My dog is Rex.")]
     assert read_chat(path).dropped.total() == (not kept)
 
+@pytest.mark.parametrize("kind", ["image_asset_pointer", "video", "audio_asset_pointer", "input_image", "image_url",
+                                  "audio", "executable_output", "executable_code", "code_execution_result",
+                                  "web_search_tool_result", "custom_tool_call", "brand_new_part"])
+def test_parts_that_say_nothing(tmp_path, kind):
+    data = dict(asset_pointer="file-service://f") if kind == "brand_new_part" else dict(text="UklGRg==", value="UklGRg==")
+    for part in (dict(type=kind, **data), dict(content_type=kind, **data)):
+        path = put(tmp_path/"a.json", [chat(dict(role="user", content=[part, dict(type="text", text="Look!")]),
+                                            dict(role="user", content=[part]), dict(role="user", content=part), "Bye.")])
+        assert said(path) == [("user", "Look!"), ("user", "Bye.")]
+
+@pytest.mark.parametrize("content, want", [
+    ("<think>She asks for her cat.</think>\nTiger.", [("assistant", "Tiger.")]), ("<think>She asks", []),
+    (dict(type="audio", transcript="Hello."), [("assistant", "Hello.")]), ("`<think>` is a tag.", None),
+])
+def test_thinking_in_a_reply_and_a_transcript(tmp_path, content, want):
+    path = put(tmp_path/"a.json", [chat("What is <think> for?", dict(role="assistant", content=content))])
+    first = ("user", "What is <think> for?") # people may say so
+    assert said(path) == [first, *([("assistant", content)] if want is None else want)]
+
+def test_forms_mixed_in_one_list(tmp_path):
+    bo = dict(conversations=[{"from": "human", "value": "I grow lemons."}])
+    records = [export(node(None, "My bike is red.")), bo, chat("And tea."), [dict(role="user", content="I row.")],
+               dict(role="user", content="alone"), 5, chat(), dict(conversations=[])]
+    want = ["My bike is red.", "I grow lemons.", "And tea.", "I row."]
+    for name, text in ("a.json", json.dumps(records)), ("a.jsonl", lines(*records)):
+        path = put(tmp_path/name, text)
+        assert [t for _, t in said(path)] == want
+        dropped = read_chat(path).dropped
+        assert dropped["conversation without a message"] == 2 and dropped.total() == 4
+
+def test_ids_that_came_twice(tmp_path):
+    twice = [dict(chat("My bike is red."), id="x"), dict(chat("My car is blue."), id="x")]
+    history = read_history(put(tmp_path/"a.json", twice))
+    assert [(s.id, s.messages[0].turn) for s in history] == [("x", 1), ("x", 2)]
+    nodes = export(dict(node(None, "I row."), id="n"), dict(node(None, "I ski."), id="n"))
+    assert said(put(tmp_path/"b.json", [nodes])) == [("user", "I row."), ("user", "I ski.")]
+
+def test_a_mark_of_byte_order_and_nul(tmp_path):
+    for name, text in ("a.json", json.dumps([ONE])), ("a.txt", "<|im_start|>user\nMy cat is called Tiger.<|im_end|>"):
+        assert said(put(tmp_path/name, "\ufeff" + text)) == [("user", "My cat is called Tiger.")]
+    assert said(put(tmp_path/"b.json", [chat("My \0cat")])) == [("user", "My \0cat")]
+    (tmp_path/"c.jsonl").write_bytes(json.dumps(ONE).encode() + b"\n" + bytes(100)) # a cut download: said, not guessed
+    raises("c.jsonl, line 2: broken JSON", read_history, tmp_path/"c.jsonl")
+    (tmp_path/"d.json").write_bytes(json.dumps([ONE]).encode("utf-16"))
+    raises("d.json, line 1: not UTF-8 text .*Save the file as UTF-8", read_history, tmp_path/"d.json")
+
+@pytest.mark.parametrize("odd", [7, dict(text="Who?"), dict(text="Who?", answer="x", evidence=[7]),
+                                 dict(text="Who?", answer="x", evidence=[[[1]]]), dict(text=" ", answer="x")])
+def test_one_odd_question_is_named_and_the_others_are_asked(tmp_path, odd):
+    good = dict(text="What do I drink?", answer="tea", evidence=[1])
+    path = put(tmp_path/"a.json", [dict(chat("I drink tea."), queries=[odd, good])])
+    asked = read_chat(path)
+    assert [e.query.text for e in asked] == ["What do I drink?"]
+    assert [w.startswith("odd question: ") and "query 1" in w for w in asked.dropped] == [True]
+    raises("query 1", read_chat, put(tmp_path/"b.json", [dict(chat("I drink tea."), queries=[odd])]))
+
+def test_queries_that_are_no_list(tmp_path):
+    path = put(tmp_path/"a.json", [dict(chat("I drink tea."), queries=3), chat("My dog is called Rex.")])
+    assert said(path) == [("user", "My dog is called Rex.")] and "queries" in next(iter(read_chat(path).dropped))
+
 ONE, TWO = BOTH = chat("My cat is called Tiger."), chat("I live in a Faro suburb.")
 
 def text_of(record): return record["messages"][0]["content"]

@@ -28,10 +28,10 @@ class Message:
     id:str="" # the data set's own name for the turn, e.g. "D1:3"
 
     def __post_init__(self)->None:
-        place = f"message {self.turn}: " if self.turn else ""
+        place = f"message {shown(self.turn)}: " if self.turn else ""
         if self.role not in _ROLES:
             known = ", ".join(_ROLES)
-            raise DataError(f"{place}unknown role {self.role!r}. Use one of {known}.")
+            raise DataError(f"{place}unknown role {shown(self.role)}. Use one of {known}.")
         if not isinstance(self.content, str):
             found = type(self.content).__name__
             raise DataError(f"{place}content is of type {found}. Make it text.")
@@ -147,15 +147,15 @@ def _check_episode(
     episode:"Episode",
 )->None:
     "Raise `DataError` if the episode cannot be used."
-    def refuse(why): raise DataError(f"episode {episode.id or episode.query.id!r}: {why}")
+    def refuse(why): raise DataError(f"episode {shown(episode.id or episode.query.id)}: {why}")
     numbers, options = [m.turn for m in episode.turns], episode.options
     if not numbers: refuse("the history is empty. Give at least one message.")
     if numbers[0] < 1 or any(a >= b for a, b in zip(numbers, numbers[1:])):
         refuse("turn numbers must start at 1 or later and rise. "
                "Build the history with make_history.")
-    if lost := sorted(set(episode.evidence) - set(numbers), key=str):
-        refuse(f"evidence {lost} is out of range, turns are {numbers[0]} to "
-               f"{numbers[-1]}. Count messages from 1 over the whole history.")
+    if lost := sorted(map(shown, set(episode.evidence) - set(numbers))):
+        refuse(f"evidence [{', '.join(lost)}] is out of range, turns are {numbers[0]} to "
+               f"{shown(numbers[-1])}. Count messages from 1 over the whole history.")
     if episode.evidence_kind not in ("gold", "weak", "none"):
         refuse(f"unknown evidence_kind {episode.evidence_kind!r}. "
                "Use gold, weak or none.")

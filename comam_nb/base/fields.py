@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .errors import DataError
+from .values import json_fault, shown
 
 # %% ../../nbs/source/base/06_fields.ipynb #060daa83
 @contextmanager
@@ -42,9 +43,10 @@ def get_field(
     value = record.get(name)
     if value is None:
         if default is not ...: return default
-        found = sorted(map(str, record))
-        raise DataError(f"{where}: field '{name}' is missing. Add it; the fields found are {found}.")
+        found = ", ".join(sorted(map(shown, record)))
+        raise DataError(f"{where}: field '{name}' is missing. Add it; the fields found are [{found}].")
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         want = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise DataError(f"{where}: field '{name}' is of type {type(value).__name__}. Make it {want}.")
+    if isinstance(value, int) and (why := json_fault(value)): raise DataError(f"{where}: field '{name}' holds {why}.")
     return clean_text(value) if isinstance(value, str) else value

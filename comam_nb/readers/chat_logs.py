@@ -15,15 +15,19 @@ from typing import Any
 
 from ..base.errors import DataError
 from ..base.fields import clean_text, error_place, get_field
-from ..base.values import parse_json
+from ..base.values import parse_json, shown
 from ..data import Episode, Episodes, Message, Query, Session, make_history
+from ..lm.chat import without_thinking
 from .reading import (count_odd, from_hub, is_hub_name, json_values, numbered_lines,
                                       option_letter, parse_options)
 
 # %% ../../nbs/source/readers/04_chat_logs.ipynb #740d18c3
 _UNSAID = frozenset("""thoughts thinking redacted_thinking think reasoning reasoning_recap tool_use tool_call tool_calls
-tool_result function_call function_call_output execution_output computer_output system_error tether_browsing_display
-tether_quote user_editable_context model_editable_context""".split())
+tool_result function_call function_call_output custom_tool_call custom_tool_call_output mcp_tool_use mcp_tool_result
+server_tool_use web_search_call web_search_tool_result code_execution_result executable_code executable_output
+execution_output computer_call computer_output system_error tether_browsing_display tether_quote user_editable_context
+model_editable_context""".split())
+_MEDIA = re.compile("(?:input_|output_)?(?:image|audio|video|file)(?:_url|_asset_pointer)?") # only a transcript is speech
 
 def _part_kind(content:Any)->str:
     "What a message's content says that it is; \"\" if it says nothing."
@@ -39,6 +43,7 @@ def _spoken(
     if isinstance(content, list): return "\n".join(t for p in content if (t := _spoken(p, depth + 1)))
     if not isinstance(content, dict): return ""
     fields = ("parts", "text", "value", "refusal", "transcript", "content")
+    if _MEDIA.fullmatch(_part_kind(content)): fields = ("transcript",)
     return next(filter(None, (_spoken(content.get(f), depth + 1) for f in fields)), "")
 
 # %% ../../nbs/source/readers/04_chat_logs.ipynb #999c8031
@@ -128,6 +133,7 @@ def _chat_message(
     if fields: get_field(record, fields[0], (str, list, dict), where)
     said = (_spoken(record[f]) for f in [*fields, *(f for f in ("refusal", "audio") if f in record)])
     text = _readable(next(filter(None, said), ""))
+    if role == "assistant": text = without_thinking(text)
     called = record.get("tool_calls") or record.get("function_call")
     if not text and called: return "tool", ""
     known = {field, "content", "text", "value", "parts", "refusal", "audio", "reasoning_content", "reasoning"}
@@ -147,7 +153,7 @@ def _chatgpt_branch(
     if not isinstance(node, str) or node not in nodes:
         parents = {v.get("parent") for v in nodes.values() if isinstance(v.get("parent"), str)}
         leaves = [k for k in nodes if k not in parents]
-        if not leaves: raise DataError(f"{where}: the message tree is broken at {node!r}. Export the chat again.")
+        if not leaves: raise DataError(f"{where}: the message tree is broken at {shown(node)}. Export the chat again.")
         def age(leaf): # the newest; of those without a time, the last in the file
             message = nodes[leaf].get("message")
             time = _time_of(message) if isinstance(message, dict) else None
@@ -252,6 +258,7 @@ def _chat_values(
     return [x for w, v in values
             for x in ([(f"{w}, element {i}", e) for i, e in enumerate(v, 1)] if held(v) else [(w, v)])]
 
+_AROUND:dict[str, Any] = {"user": (str, int), "queries": list} # what may stand beside messages, and its type
 def _chat_records(
     path:str|Path, # .json, .jsonl, .txt (ChatML) or a hub name
     split:str, # the split to take with a hub name
@@ -268,7 +275,7 @@ def _chat_records(
     out = []
     for where, v in values:
         try:
-            if isinstance(v, dict): get_field(v, "user", (str, int), where, "")
+            if isinstance(v, dict): [get_field(v, k, kind, where, None) for k, kind in _AROUND.items()]
             out.append((where, v if isinstance(v, dict) else {}, _chat_sessions(v, where, report)))
         except DataError as e: count_odd(report.dropped, "odd conversation", e)
     if not out: raise DataError(f"{path}: nothing in it can be read; left out: {dict(report.dropped)}")
@@ -313,6 +320,7 @@ def _chat_users(
         mine = sessions.setdefault(user, [])
         for id, date, time, messages in parts:
             kept = tuple(m for at, r in messages if (m := keep(user, at, r)))
+            if not messages: dropped["conversation without a message"] += 1
             if kept: mine.append((time, Session(id, kept, date)))
         queries = enumerate(get_field(record, "queries", list, where, []), 1)
         asked.setdefault(user, []).extend((f"{where}, query {i}", q) for i, q in queries)
@@ -419,8 +427,8 @@ def _chat_query(
         else: answer = option_letter(answer, options, where, "answer")
     turn_of = {m.id: m.turn for s in history for m in s.messages}
     marks = get_field(q, "evidence", list, where, [])
-    if lost := [t for t in marks if str(t) not in turn_of]:
-        raise DataError(f"{where}: field 'evidence' names {lost}, which is out of range or was left out. "
+    if lost := [t for t in marks if not isinstance(t, (str, int)) or str(t) not in turn_of]:
+        raise DataError(f"{where}: field 'evidence' names {shown(lost)}, which is out of range or was left out. "
                         f"Count all messages of {user!r} in the file from 1.")
     id, kind = str(get_field(q, "id", (str, int), where, id)), get_field(q, "kind", str, where, "")
     with error_place(where):
@@ -439,13 +447,17 @@ def read_chat(
     "Your own chat logs as episodes. Raises `DataError`."
     if queries not in ("auto", "file", "cloze"):
         raise DataError(f"read_chat: unknown queries {queries!r}. Use auto, file or cloze.")
-    out = Episodes(source=str(path))
+    out, odd = Episodes(source=str(path)), list[DataError]()
     for user, (history, asked) in _chat_users(path, keep_system, split, out).items():
-        made:list[Episode]
+        made:list[Episode] = []
         if queries == "cloze" or (queries == "auto" and not asked): made = cloze_queries(history, n, seed, user)
-        else: made = [_chat_query(q, history, user, f"{user}/{i}", w) for i, (w, q) in enumerate(asked, 1)]
+        else:
+            for i, (where, q) in enumerate(asked, 1):
+                try: made.append(_chat_query(q, history, user, f"{user}/{i}", where))
+                except DataError as e: odd.append(e); count_odd(out.dropped, "odd question", e)
         if not made: out.dropped["user without a query"] += 1
         out.extend(made)
+    if not out and odd: raise odd[0]
     if not out and queries == "file":
         raise DataError(f"{path}: no queries in the file. Add 'queries' to a record, or use queries='cloze'.")
     if not out:

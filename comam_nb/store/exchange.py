@@ -114,7 +114,7 @@ def _read_exchange(
         found = parse_json(text)
     except ValueError as e: raise MemCollabError(f"{path} is not JSON ({e}): {again}") from None
     if isinstance(found, dict) and found.get("format") == _FORMAT and found.get("format_version") != 1:
-        raise MemCollabError(f"{path} has format version {found.get('format_version')!r}, this package reads 1: "
+        raise MemCollabError(f"{path} has format version {shown(found.get('format_version'))}, this package reads 1: "
                              "use the version of comam_nb that wrote it")
     entries = found.get("entries") if isinstance(found, dict) else found
     if not isinstance(entries, list): raise MemCollabError(f"{path} holds no list of entries: {again}")

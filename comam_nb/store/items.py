@@ -244,14 +244,14 @@ def _check_read(
     row:object, # what `MemoryStore.add` was given as something read
 )->tuple[str,str,int,int]: # the same
     "Raise `StoreError` unless it is a user, a number with a hash, and two turn numbers."
-    if not isinstance(row, (list, tuple)) or len(row) != 4: raise StoreError(f"read holds {row!r}: give four values")
+    if not isinstance(row, (list, tuple)) or len(row) != 4: raise StoreError(f"read holds {shown(row)}: give four values")
     user, mark, first, turns = row
     for name, text in (("user", user), ("mark", mark)): _check_text(name, text, "read")
     if not user or not re.fullmatch(r"\d{1,18} \w+", mark):
-        raise StoreError(f"read holds the mark {mark!r} of {user!r}")
+        raise StoreError(f"read holds the mark {shown(mark)} of {shown(user)}")
     for x in (first, turns):
         if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x < 2**62:
-            raise StoreError(f"read holds the turn number {x!r}: give a whole number")
+            raise StoreError(f"read holds the turn number {shown(x)}: give a whole number")
     return user, mark, first, turns
 def _read_sessions(
     file:_StoreFile,

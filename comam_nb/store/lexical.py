@@ -429,10 +429,11 @@ def _freeze(
     layout = json.dumps([(a.dtype.newbyteorder("<").str, len(a)) for a in arrays])
     data = b"".join(a.astype(a.dtype.newbyteorder("<")).tobytes() for a in arrays)
     return zlib.crc32(data, zlib.crc32(layout.encode(), _CUT)), layout, data
+_KINDS = ("|u1", "<u2", "<u4", "<u8", "<i8") # types of arrays that are stored
 def _sound(l:_Lists, text:np.ndarray, n:int)->bool:
     "Whether the numbers of a thawed list point where they may."
     ends = len(l.starts) == len(l.names) + 1 and l.names.ends[-1] == len(text)
-    rising = all((np.diff(x) >= 0).all() and x[0] >= 0 for x in (l.starts, l.names.ends)) and l.docs.min(initial=0) >= 0
+    rising = all((x[1:] >= x[:-1]).all() and x[0] >= 0 for x in (l.starts, l.names.ends)) and l.docs.min(initial=0) >= 0
     if not (ends and rising and l.starts[0] == l.names.ends[0] == 0): return False
     bytes(text).decode() # UnicodeDecodeError is a ValueError
     cut = text[l.names.ends[:-1]] if len(text) else text # where a name begins
@@ -449,9 +450,9 @@ def _thaw(
         if zlib.crc32(data, zlib.crc32(layout.encode(), _CUT)) != checksum: return None
         arrays, begins, at = [], [], 0
         for kind, n in parse_json(layout):
+            if kind not in _KINDS: return None
             arrays.append(np.frombuffer(data, kind, n, at)); begins.append(at)
             at += arrays[-1].nbytes
-            if arrays[-1].dtype.kind not in "iu": return None
         lists = []
         for i in range(1, 26, 5): # five lists of five arrays each, behind the row numbers
             _, ends, starts, docs, counts = arrays[i:i + 5]
