@@ -190,6 +190,47 @@ def test_an_item_that_is_not_there_costs_no_rewriting(tmp_path):
         store.file.connection.set_trace_callback(asked.append)
         assert store.forget("ana", "zzz") == 0 and not any("VACUUM" in sql for sql in asked)
 
+def lessons_of(*models):
+    "What a bank holds, one lesson of each model."
+    pair = lambda m: {"task": f"of {m}", "right": "r", "wrong": "w", "right_model": m, "wrong_model": m}
+    return [Constraint(f"SECRET{m} appears", "check the unit", "", "c", source={"pairs": [pair(m)]}) for m in models]
+
+def test_a_bank_forgets_a_source_and_says_what_remains(tmp_path, monkeypatch, capsys):
+    from comam_nb.cli.memcollab import main
+    monkeypatch.setattr("comam_nb.base.database.Database.wipe.__defaults__", (.1, None), raising=False)
+    path = tmp_path / "b.db"
+    with ConstraintBank(path) as bank:
+        bank.add(lessons_of("ada", "bo", "cy", "di"), check=False)
+        assert bank.retrieve("SECRETada", "c") and left(tmp_path, "SECRETada", "SECRETcy") == ["SECRETada", "SECRETcy"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert len(bank.forget("model", "ada")) == 1
+        assert left(tmp_path, "SECRETada") == []
+        reader = sqlite3.connect(path, isolation_level=None)
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM entries").fetchone()
+        with pytest.warns(RuntimeWarning, match="1 entries are erased, but the bytes .* stay in the log") as told:
+            bank.forget("model", "bo")
+        assert told[0].filename == __file__
+        assert main(["forget", "--bank", str(path), "--task", "of cy"]) == 0
+        out, err = capsys.readouterr()
+        assert "1 lessons came from" in out and "1 entries are erased, but" in err and err.count("\n") == 1
+        assert left(tmp_path, "SECRETbo", "SECRETcy") == ["SECRETbo", "SECRETcy"] and len(bank) == 1
+        reader.execute("COMMIT")
+        with ConstraintBank(path) as other: assert len(other) == 1
+        assert left(tmp_path, "SECRETbo", "SECRETcy") == []
+        reader.close()
+
+def test_a_large_bank_is_written_anew_only_if_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr("comam_nb.base.sqlite._SMALL", 4096)
+    with ConstraintBank(tmp_path / "b.db") as bank:
+        bank.add(lessons_of("ada", "bo"), check=False)
+        with pytest.warns(RuntimeWarning, match="forget with rewrite=True"): bank.forget("model", "ada")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            bank.forget("model", "bo", rewrite=True)
+        assert left(tmp_path, "SECRETada", "SECRETbo") == []
+
 @pytest.mark.slow
 def test_removing_from_a_bank_while_another_reads(tmp_path):
     with ConstraintBank(tmp_path / "b.db") as bank, ConstraintBank(tmp_path / "b.db") as other:
