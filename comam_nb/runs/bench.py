@@ -6,7 +6,7 @@
 __all__ = ['record_of', 'read_run', 'RunFile', 'run_system']
 
 # %% ../../nbs/source/runs/05_bench.ipynb #2559e330
-import hashlib, json, os, re, time
+import hashlib, json, os, re, time, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..base.errors import DataError, MemCollabError
-from ..base.files import lock_file, ordinary_file
+from ..base.files import lock_file, make_folder, ordinary_file, to_disk
 from ..base.values import parse_json
 from ..data import Episode
 from ..readers.scores import answer_reward
@@ -165,7 +165,7 @@ class RunFile:
         header = dict(version=1, kind=kind, system=system, settings=settings, episodes=_fingerprint(self.episodes),
                       n=len(self.episodes))
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             self._lock = lock_file(self.path)
         except OSError as e:
             raise DataError(f"{self.path} cannot be written ({e.strerror}): check path and permissions") from None
@@ -182,9 +182,13 @@ class RunFile:
             there, now = (", ".join(str(d.get(k)) for k in changed) for d in (old, header))
             raise DataError(f"{self.path} was made with another {' and '.join(changed)} (there {there}; now {now}): go "
                             "on with the same, or name another file")
-        try: self._file = open(self.path, "ab")
+        try:
+            self._file = open(self.path, "ab")
+            to_disk(self.path.parent) # its name
         except OSError as e:
             raise DataError(f"{self.path} cannot be written ({e.strerror}): check path and permissions") from None
+        if cut := self._file.tell() - size:
+            warnings.warn(f"{self.path}: the last line was cut off in the middle ({cut} bytes): dropped, and done again")
         self._file.truncate(size)
         if old is None: self._append(dict(run=header))
     def _append(self, *records):
