@@ -18,7 +18,7 @@ import numpy as np
 
 from ..base.errors import DataError, MemCollabError
 from ..base.files import lock_file, make_folder, ordinary_file, to_disk
-from ..base.values import parse_json
+from ..base.values import parse_json, shown
 from ..data import Episode
 from ..readers.scores import answer_reward
 from ..systems.interface import Answer, MemorySystem
@@ -114,6 +114,22 @@ def _fingerprint(episodes:list[Episode])->str: # 16 hexadecimal digits
     each = [digest([e.to_json(history=False), [session(s) for s in e.history]]) for e in episodes]
     return digest(sorted(each))[:16]
 
+_HEAD = {"kind", "system", "episodes"}
+_LINE = {"id", "user", "kind", "distance", "session", "option", "right", "exact", "f1", "text", "seconds", "read",
+         "written", "malformed", "building"}
+
+def _check_line(record:object, first:bool)->None:
+    "Raises `ValueError` for what is no header, or no record that tables can be made of."
+    found = record.get("run") if first and isinstance(record, dict) else record
+    wanted = _HEAD if first else _LINE
+    if not isinstance(found, dict) or (lacks := wanted - found.keys()) == wanted:
+        raise ValueError("not a line of a run file")
+    if lacks: raise ValueError(f"{', '.join(sorted(lacks))} missing")
+    if first: return
+    if not isinstance(found["id"], str): raise ValueError("the id is no text")
+    scores = [found[k] for k in ("right", "exact", "f1")]
+    if not all(isinstance(x, (int, float)) for x in scores): raise ValueError(f"no scores: {shown(scores)}")
+
 def read_run(
     path:str|Path, # a run file
 )->tuple[dict|None, dict[str, dict], int]: # header, records by id, length in bytes of what could be read
@@ -126,9 +142,7 @@ def read_run(
     for number, line in enumerate(lines, 1):
         try:
             record = parse_json(line)
-            if not isinstance(record, dict) or ("run" if number == 1 else "id") not in record:
-                raise ValueError("not a line of a run file")
-            if number > 1 and not isinstance(record["id"], str): raise ValueError("the id is no text")
+            _check_line(record, number == 1)
         except ValueError as e:
             if number == len(lines) and number > 1: break
             raise DataError(f"{path}, line {number}: {e}. Is this a run file? Remove it, or name another.") from None
