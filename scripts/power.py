@@ -236,10 +236,12 @@ def check_eval(folder: Path, told: list[str]) -> list[str]:
     return [f"does not go on: {error}"] if status or len(kills.state_eval(folder / "runs" / "eval")) != 20 else []
 
 def go_on(kind: str, folder: Path) -> None:
+    "What is left can be written to."
     if kind == "store":
         with kills.items_of(folder) as store: store.add(MemoryItem("new", "ana", "tea"))
     if kind == "bank":
-        with ConstraintBank(folder / "bank.db") as bank: bank.add(Constraint("case new", "check the sum", "", "c"), check=False)
+        with ConstraintBank(folder / "bank.db") as bank:
+            bank.add(Constraint("case new", "check the sum", "", "c"), check=False)
 
 LIVES = {"store": (kills.work_store, kills.check_store), "bank": (work_bank, check_bank),
          "journal": (kills.work_journal, kills.check_journal), "eval": (work_eval, check_eval),
@@ -298,7 +300,8 @@ def differs(top: Folder, folder: Path) -> list[str]:
     bad = []
     for name, node in top.live.items():
         if isinstance(node, Folder): bad += differs(node, folder / name)
-        elif not name.endswith("-shm") and (folder / name).read_bytes() != node.live: bad.append(f"{name} is replayed badly")
+        elif not name.endswith("-shm") and (folder / name).read_bytes() != node.live:
+            bad.append(f"{name} is replayed badly")
     return bad + [f"{p} is not replayed" for p in folder.iterdir() if p.name not in top.live]
 
 def main(argv: list[str] | None = None) -> int:

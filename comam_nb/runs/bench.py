@@ -202,7 +202,8 @@ class RunFile:
         except OSError as e:
             raise DataError(f"{self.path} cannot be written ({e.strerror}): check path and permissions") from None
         if cut := self._file.tell() - size:
-            warnings.warn(f"{self.path}: the last line was cut off in the middle ({cut} bytes): dropped, and done again")
+            warnings.warn(f"{self.path}: the last line was cut off in the middle ({cut} bytes): "
+                          "dropped, its work is done again")
         self._file.truncate(size)
         if old is None: self._append(dict(run=header))
     def _append(self, *records):
