@@ -9,6 +9,7 @@ __all__ = ['record_of', 'read_run', 'RunFile', 'run_system']
 import hashlib, json, os, re, time, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_lowercase as _LETTERS
@@ -197,7 +198,7 @@ class RunFile:
             raise DataError(f"{self.path} was made with another {' and '.join(changed)} (there {there}; now {now}): go "
                             "on with the same, or name another file")
         try:
-            self._file = open(self.path, "ab")
+            self._file = open(self.path, "ab", buffering=0)
             to_disk(self.path.parent) # its name
         except OSError as e:
             raise DataError(f"{self.path} cannot be written ({e.strerror}): check path and permissions") from None
@@ -208,9 +209,15 @@ class RunFile:
         if old is None: self._append(dict(run=header))
     def _append(self, *records):
         text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-        self._file.write(text.encode("utf-8", "replace"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        fd, rest = self._file.fileno(), memoryview(text.encode("utf-8", "replace"))
+        size = os.fstat(fd).st_size
+        try:
+            while rest: rest = rest[os.write(fd, rest):]
+            os.fsync(fd)
+        except OSError as e:
+            with suppress(OSError): os.ftruncate(fd, size)
+            raise DataError(f"{self.path} cannot be written ({e.strerror}): what it held before is intact; make room "
+                            "and run again") from None
 
     def add(self,
         *records:dict, # each with an id
