@@ -122,6 +122,7 @@ def work_eval(folder: Path, tell: Tell) -> None:
         def observe(self, session): self.said += [m.content for m in session.messages]
         def memory(self): return ()
         def answer(self, query, options=None):
+            tell("asked")
             time.sleep(.002)
             return Answer(self.said[-1].split()[-2])
     run_system(Last, questions(), run_file(folder), name="last")

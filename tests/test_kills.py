@@ -13,13 +13,18 @@ from comam_nb.store.items import MemoryItem, MemoryStore
 ROOT = Path(__file__).parents[1]
 SMALL = HashingEmbedder(16)
 
-@pytest.fixture(scope="module")
-def kills():
-    "scripts/kills.py, which is no package."
-    spec = importlib.util.spec_from_file_location("kills", ROOT / "scripts" / "kills.py")
-    module = importlib.util.module_from_spec(spec)
+def script(name):
+    "A file of scripts/, which is no package."
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+@pytest.fixture(scope="module")
+def kills(): return script("kills")
+
+@pytest.fixture(scope="module")
+def power(kills): return script("power")
 
 def left(folder, *texts):
     "Which of these some file of the folder holds."
@@ -43,6 +48,103 @@ def test_what_is_lost_or_left_is_seen(kills, broken, tmp_path):
     with kills.items_of(tmp_path) as store: store.add([MemoryItem("a1", "ana", "tea"), MemoryItem("b2", "ana", "tea")])
     told = ["added a1 c3"] if broken == "an item" else ["added a1 b2", "forgetting b2", "forgotten b2"]
     assert any("c3 is lost" in b or "b2 is on the disk" in b for b in kills.check_store(tmp_path, told))
+
+
+# ---- torn and garbled files
+
+def damaged(data, rng):
+    "Cuts, other bytes, zeros behind the end."
+    for at in (0, 1, len(data) // 2, len(data) - 20, len(data) - 1): yield data[:at]
+    for _ in range(4):
+        at = rng.randrange(len(data) - 16)
+        yield data[:at] + rng.randbytes(16) + data[at + 16:]
+    yield data + bytes(512)
+
+def one_line(e): return type(e).__module__.startswith("comam_nb") and "\n" not in str(e)
+
+def test_a_damaged_run_file_goes_on_or_is_refused(kills, tmp_path):
+    path, ends, told = kills.run_file(tmp_path), {"went on": 0, "refused": 0}, 0
+    kills.work_eval(tmp_path, lambda line: None)
+    whole, data = kills.state_eval(tmp_path), path.read_bytes()
+    lines = data.splitlines(True)
+    odd = [b"".join([*lines[:3], lines[3].replace(b'"right"', b'"rXght"'), *lines[4:]]),
+           b"".join([*lines[:3], lines[3].replace(b'"f1": 1', b'"f1": "'), *lines[4:]])]
+    for content in (*damaged(data, random.Random(0)), *odd):
+        path.write_bytes(content)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try: kills.work_eval(tmp_path, lambda line: None)
+            except Exception as e:
+                assert one_line(e) and path.read_bytes() == content
+                ends["refused"] += 1
+                continue
+        assert kills.state_eval(tmp_path) == whole
+        torn = content[-1:] not in (b"", b"\n")
+        assert [str(w.message).count("the last line was cut off") for w in caught] == [1] * torn
+        ends["went on"] += 1
+        told += len(caught)
+    assert ends["went on"] >= 6 and ends["refused"] >= 3 and told >= 4, (ends, told)
+
+@pytest.mark.slow
+def test_a_damaged_build_goes_on_or_is_refused(server, tmp_path, capsys):
+    "Every file of `memcollab build`'s folder, one after the other."
+    from test_memcollab_cli import answer, pears, write
+    from comam_nb.cli.memcollab import main
+    server.answer = answer
+    folder, tasks, rng = tmp_path / "build", write(tmp_path / "tasks.jsonl", pears(6)), random.Random(0)
+    folder.mkdir()
+    spec, bank = f"{server.url}#m", folder / "bank.db"
+    build = ["build", "--bank", str(bank), "--tasks", tasks, "--weak", f"plain:{spec}", "--strong", f"cot:{spec}",
+             "--tries", "0", "--quiet", "--classify", "offline", "--report", str(folder / "report.json")]
+    def lessons():
+        with ConstraintBank(bank, create=False) as b: return b.entries()
+    assert main(build) == 0
+    kept, ends = {p: p.read_bytes() for p in folder.iterdir() if p.suffix != ".lock"}, []
+    for path, data in kept.items():
+        for content in damaged(data, rng):
+            for p, whole in kept.items(): p.write_bytes(content if p == path else whole)
+            capsys.readouterr()
+            code = main(build)
+            err = capsys.readouterr().err
+            assert (code == 0 and err.count("\n") <= 1) or (code == 2 and err.count("\n") == 1), (path, err)
+            ends.append((path.name, code))
+            if code == 0 and path != bank: assert lessons() and len(json.loads(kept[folder / "report.json"])) > 3
+    assert {code for _, code in ends} == {0, 2} and ("report.json", 2) not in ends
+
+
+# ---- the power is cut
+
+def test_what_a_cut_leaves(power, tmp_path):
+    "The model of a disk: what is forced stays, names and bytes apart; the rest may be there in part."
+    rng, file, folder = random.Random(0), power.File(), power.Folder()
+    file.change(0, b"a" * 1024); file.force(); file.change(512, b"b" * 1024)
+    left = {mode: {file.after(mode, rng) for _ in range(40)} for mode in power.MODES}
+    a, b = b"a" * 512, b"b" * 512
+    assert left["nothing"] == {a + a} and left["everything"] == {a + b + b}
+    assert left["some"] == {a + a, a + b + b} and left["sectors"] == {a + a, a + b, a + b + b, a + a + b}
+    file.change(3, None)
+    assert file.after("everything", rng) == b"aaa" and bytes(file.live) == b"aaa"
+    folder.change("x", node=file); folder.force(); folder.change("x", "y"); folder.change("z", node=file)
+    names = set()
+    for n in range(40):
+        folder.leave(tmp_path / f"{n}", "some", rng)
+        names.add(" ".join(sorted(os.listdir(tmp_path / f"{n}"))))
+    assert names == {"x", "y", "y z"} # in their order
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["store", "bank", "journal", "eval", "files"])
+def test_a_cut_loses_nothing(power, what, tmp_path, monkeypatch):
+    if not power.shutil.which("strace"): pytest.skip("the calls are recorded by `strace`, which is not here")
+    monkeypatch.setattr(power.kills, "WHERE", str(tmp_path))
+    assert power.cut(what, 40, 40, random.Random(1))["problems"] == []
+
+@pytest.mark.slow
+def test_a_cut_is_seen(power, tmp_path, monkeypatch):
+    "The check can fail: nothing is forced to the disk."
+    if not power.shutil.which("strace"): pytest.skip("the calls are recorded by `strace`, which is not here")
+    monkeypatch.setattr(power.kills, "WHERE", str(tmp_path))
+    monkeypatch.setattr(power.File, "force", lambda self: None)
+    for what in ("store", "journal", "files"): assert power.cut(what, 20, 20, random.Random(1))["problems"]
 
 
 # ---- a disk without room, forks, turns
@@ -189,6 +291,47 @@ def test_an_item_that_is_not_there_costs_no_rewriting(tmp_path):
         asked = []
         store.file.connection.set_trace_callback(asked.append)
         assert store.forget("ana", "zzz") == 0 and not any("VACUUM" in sql for sql in asked)
+
+def lessons_of(*models):
+    "What a bank holds, one lesson of each model."
+    pair = lambda m: {"task": f"of {m}", "right": "r", "wrong": "w", "right_model": m, "wrong_model": m}
+    return [Constraint(f"SECRET{m} appears", "check the unit", "", "c", source={"pairs": [pair(m)]}) for m in models]
+
+def test_a_bank_forgets_a_source_and_says_what_remains(tmp_path, monkeypatch, capsys):
+    from comam_nb.cli.memcollab import main
+    monkeypatch.setattr("comam_nb.base.database.Database.wipe.__defaults__", (.1, None), raising=False)
+    path = tmp_path / "b.db"
+    with ConstraintBank(path) as bank:
+        bank.add(lessons_of("ada", "bo", "cy", "di"), check=False)
+        assert bank.retrieve("SECRETada", "c") and left(tmp_path, "SECRETada", "SECRETcy") == ["SECRETada", "SECRETcy"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert len(bank.forget("model", "ada")) == 1
+        assert left(tmp_path, "SECRETada") == []
+        reader = sqlite3.connect(path, isolation_level=None)
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM entries").fetchone()
+        with pytest.warns(RuntimeWarning, match="1 entries are erased, but the bytes .* stay in the log") as told:
+            bank.forget("model", "bo")
+        assert told[0].filename == __file__
+        assert main(["forget", "--bank", str(path), "--task", "of cy"]) == 0
+        out, err = capsys.readouterr()
+        assert "1 lessons came from" in out and "1 entries are erased, but" in err and err.count("\n") == 1
+        assert left(tmp_path, "SECRETbo", "SECRETcy") == ["SECRETbo", "SECRETcy"] and len(bank) == 1
+        reader.execute("COMMIT")
+        with ConstraintBank(path) as other: assert len(other) == 1
+        assert left(tmp_path, "SECRETbo", "SECRETcy") == []
+        reader.close()
+
+def test_a_large_bank_is_written_anew_only_if_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr("comam_nb.base.sqlite._SMALL", 4096)
+    with ConstraintBank(tmp_path / "b.db") as bank:
+        bank.add(lessons_of("ada", "bo"), check=False)
+        with pytest.warns(RuntimeWarning, match="forget with rewrite=True"): bank.forget("model", "ada")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            bank.forget("model", "bo", rewrite=True)
+        assert left(tmp_path, "SECRETada", "SECRETbo") == []
 
 @pytest.mark.slow
 def test_removing_from_a_bank_while_another_reads(tmp_path):

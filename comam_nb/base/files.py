@@ -7,7 +7,7 @@ __all__ = ['text_hash', 'write_whole', 'write_json', 'last_checkpoint', 'read_li
            'log_path']
 
 # %% ../../nbs/source/base/02_files.ipynb #5438008c
-import hashlib, json, os, re, shutil, warnings, zipfile
+import errno, hashlib, json, os, re, shutil, warnings, zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,28 @@ def text_hash(
     "A short name for some data: the start of the SHA-256 of its JSON."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:16]
 
+# %% ../../nbs/source/base/02_files.ipynb #7a1e0031
+def to_disk(
+    path:Path, # a file, or a directory
+)->None:
+    "Wait until a file, or the names in a directory, are on the disk; raises `OSError`."
+    folder = path.is_dir()
+    if folder and os.name == "nt": return # it cannot be opened there
+    try:
+        fd = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try: os.fsync(fd)
+        finally: os.close(fd)
+    except OSError as e: # some file systems cannot force names, and some directories may not be read
+        if not folder or e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES): raise
+
+def make_folder(
+    path:Path, # a directory; those above it may be missing, too
+)->None:
+    "Make a directory, unless it is there, so that a power cut does not take it away; raises `OSError`."
+    new = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for p in new: to_disk(p.parent)
+
 # %% ../../nbs/source/base/02_files.ipynb #f38d8667
 def write_whole(
     path:str|Path, # where; its directory must exist
@@ -43,6 +65,7 @@ def write_whole(
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+        to_disk(path.parent)
     except OSError as e:
         raise MemCollabError(f"{path} cannot be written: {e.strerror}: choose another path") from None
     finally: part.unlink(missing_ok=True)
@@ -101,22 +124,15 @@ def last_checkpoint(
     return None
 
 # %% ../../nbs/source/base/02_files.ipynb #7a1e0022
-def _force(path:Path)->None:
-    "Wait until a file, or the names in a directory, are on the disk."
-    if os.name == "nt" and path.is_dir(): return # it cannot be opened there
-    fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try: os.fsync(fd)
-    finally: os.close(fd)
-
 def put_in_place(
     part:Path, # a finished directory
     path:Path, # what it is to be called, on the same disk
 )->None:
     "Give a directory its name once all of it is on the disk."
-    for p in (*part.rglob("*"), part): _force(p)
+    for p in (*part.rglob("*"), part): to_disk(p)
     shutil.rmtree(path, ignore_errors=True)
     os.replace(part, path)
-    _force(path.parent)
+    to_disk(path.parent)
 
 
 # %% ../../nbs/source/base/02_files.ipynb #32b4d292
@@ -185,10 +201,7 @@ def _open_file(path:str|Path)->int:
     try: fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
     except OSError as e:
         raise MemCollabError(f"{path} cannot be opened ({e.strerror}): check the path and the permissions") from None
-    if os.name == "nt": return fd # a directory cannot be opened there
-    folder = os.open(Path(path).parent, os.O_RDONLY)
-    try: os.fsync(folder)
-    finally: os.close(folder)
+    to_disk(Path(path).parent)
     return fd
 
 def _write_line(fd:int, record:dict, path:str|Path)->None:

@@ -49,7 +49,8 @@ def main(
     for name, value in _QUIET.items(): os.environ.setdefault(name, value)
     for kind in (UserWarning, FutureWarning): # of libraries; ours are errors or printed lines
         warnings.filterwarnings("ignore", category=kind)
-    warnings.filterwarnings("always", category=UserWarning, module=r"comam_nb\.lm\.endpoints") # a server's limits
+    for module in ("lm.endpoints", "runs.bench", "base.files"): # a server's limits; a torn line
+        warnings.filterwarnings("always", category=UserWarning, module=rf"comam_nb\.{module}")
     shown, warnings.showwarning = warnings.showwarning, lambda message, *rest, **more: say(message)
     try: return args.run(args)
     except KeyboardInterrupt as e:

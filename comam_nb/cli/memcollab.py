@@ -51,6 +51,7 @@ def main(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore")
         warnings.filterwarnings("always", category=UserWarning, module=r"comam_nb\.")
+        warnings.filterwarnings("always", ".*: [0-9]+ entries are erased, but")
         warnings.showwarning = lambda message, *rest, **more: _say(message)
         try: return args.run(args)
         except KeyboardInterrupt:

@@ -88,9 +88,11 @@ class ConstraintBank:
     def remove(self, ids:str|Iterable[str], note:str="")->int: # how many were live
         "Take entries out of the newest version; older versions still show them."
         return self.rows.remove(ids, note)
-    def forget(self, kind:str, name:str)->list[str]: # ids of what is gone
-        "Erase, in every version, all that came from a model, task or import."
-        return self.rows.forget(kind, name)
+    def forget(self, kind:str, name:str,
+               rewrite:bool|None=None)->list[str]: # ids of what is gone
+        """Erase, in every version, all that came from a model, task or import. Bytes
+        that remain in the file are a warning; `rewrite` writes all of it anew."""
+        return self.rows.forget(kind, name, rewrite)
     def revise(self, id:str, new:Constraint, note:str="")->str: # the new id
         "Replace an entry by a better wording; without a source it keeps the old one."
         return self.rows.revise(id, new, note)

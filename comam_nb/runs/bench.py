@@ -6,9 +6,10 @@
 __all__ = ['record_of', 'read_run', 'RunFile', 'run_system']
 
 # %% ../../nbs/source/runs/05_bench.ipynb #2559e330
-import hashlib, json, os, re, time
+import hashlib, json, os, re, time, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_lowercase as _LETTERS
@@ -17,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from ..base.errors import DataError, MemCollabError
-from ..base.files import lock_file, ordinary_file
-from ..base.values import parse_json
+from ..base.files import lock_file, make_folder, ordinary_file, to_disk
+from ..base.values import parse_json, shown
 from ..data import Episode
 from ..readers.scores import answer_reward
 from ..systems.interface import Answer, MemorySystem
@@ -114,6 +115,22 @@ def _fingerprint(episodes:list[Episode])->str: # 16 hexadecimal digits
     each = [digest([e.to_json(history=False), [session(s) for s in e.history]]) for e in episodes]
     return digest(sorted(each))[:16]
 
+_HEAD = {"kind", "system", "episodes"}
+_LINE = {"id", "user", "kind", "distance", "session", "option", "right", "exact", "f1", "text", "seconds", "read",
+         "written", "malformed", "building"}
+
+def _check_line(record:object, first:bool)->None:
+    "Raises `ValueError` for what is no header, or no record that tables can be made of."
+    found = record.get("run") if first and isinstance(record, dict) else record
+    wanted = _HEAD if first else _LINE
+    if not isinstance(found, dict) or (lacks := wanted - found.keys()) == wanted:
+        raise ValueError("not a line of a run file")
+    if lacks: raise ValueError(f"{', '.join(sorted(lacks))} missing")
+    if first: return
+    if not isinstance(found["id"], str): raise ValueError("the id is no text")
+    scores = [found[k] for k in ("right", "exact", "f1")]
+    if not all(isinstance(x, (int, float)) for x in scores): raise ValueError(f"no scores: {shown(scores)}")
+
 def read_run(
     path:str|Path, # a run file
 )->tuple[dict|None, dict[str, dict], int]: # header, records by id, length in bytes of what could be read
@@ -126,9 +143,7 @@ def read_run(
     for number, line in enumerate(lines, 1):
         try:
             record = parse_json(line)
-            if not isinstance(record, dict) or ("run" if number == 1 else "id") not in record:
-                raise ValueError("not a line of a run file")
-            if number > 1 and not isinstance(record["id"], str): raise ValueError("the id is no text")
+            _check_line(record, number == 1)
         except ValueError as e:
             if number == len(lines) and number > 1: break
             raise DataError(f"{path}, line {number}: {e}. Is this a run file? Remove it, or name another.") from None
@@ -165,7 +180,7 @@ class RunFile:
         header = dict(version=1, kind=kind, system=system, settings=settings, episodes=_fingerprint(self.episodes),
                       n=len(self.episodes))
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             self._lock = lock_file(self.path)
         except OSError as e:
             raise DataError(f"{self.path} cannot be written ({e.strerror}): check path and permissions") from None
@@ -182,16 +197,27 @@ class RunFile:
             there, now = (", ".join(str(d.get(k)) for k in changed) for d in (old, header))
             raise DataError(f"{self.path} was made with another {' and '.join(changed)} (there {there}; now {now}): go "
                             "on with the same, or name another file")
-        try: self._file = open(self.path, "ab")
+        try:
+            self._file = open(self.path, "ab", buffering=0)
+            to_disk(self.path.parent) # its name
         except OSError as e:
             raise DataError(f"{self.path} cannot be written ({e.strerror}): check path and permissions") from None
+        if cut := self._file.tell() - size:
+            warnings.warn(f"{self.path}: the last line was cut off in the middle ({cut} bytes): "
+                          "dropped, its work is done again")
         self._file.truncate(size)
         if old is None: self._append(dict(run=header))
     def _append(self, *records):
         text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-        self._file.write(text.encode("utf-8", "replace"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        fd, rest = self._file.fileno(), memoryview(text.encode("utf-8", "replace"))
+        size = os.fstat(fd).st_size
+        try:
+            while rest: rest = rest[os.write(fd, rest):]
+            os.fsync(fd)
+        except OSError as e:
+            with suppress(OSError): os.ftruncate(fd, size)
+            raise DataError(f"{self.path} cannot be written ({e.strerror}): what it held before is intact; make room "
+                            "and run again") from None
 
     def add(self,
         *records:dict, # each with an id

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .. import __version__
-from ..base.files import last_checkpoint, text_hash, write_json, write_whole
+from ..base.files import last_checkpoint, make_folder, text_hash, write_json, write_whole
 from ..base.values import parse_json
 from ..data import Episode
 
@@ -120,7 +120,7 @@ class Run:
 
     def begin(self, settings:dict)->None:
         "Make the folder and write down what is run (JSON values), with the versions of all libraries."
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         about = {"settings_hash": _settings_hash(settings), "versions": _versions()}
         write_json(self.folder / "config.json", {**settings, **about})
 

@@ -6,7 +6,7 @@
 __all__ = ['train_run']
 
 # %% ../../nbs/source/runs/08_training.ipynb #c8a24eb4
-import json, time
+import json, os, time
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -52,6 +52,7 @@ class _RunLog(TrainerCallback):
         self.last = time.time()
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
+        os.fsync(self.file.fileno()) # before a checkpoint of this step
         self.bar.update(state.global_step - self.bar.n)
         self.bar.set_postfix_str(f"answers {logs['answer_accuracy']:.2f}, r_f {logs['r_cons_f']:.2f}, "
                                  f"r_c {logs['r_cons_c']:.2f}, r_ret {logs['r_ret']:.2f}")

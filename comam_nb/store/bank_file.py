@@ -399,16 +399,18 @@ class BankRows:
     def forget(self,
         kind:str, # of the source: "model", "task" (its hash) or "import" (its origin, or its file's hash)
         name:str, # of the source
+        rewrite:bool|None=None, # write the whole file anew, so that unused parts keep no traces; None: up to 64 MB
     )->list[str]: # ids of what is gone
-        "Erase all that came from a source, in every version; raises `MemCollabError` if nothing did."
+        """Erase all that came from a source, in every version; raises `MemCollabError` if nothing did. Waits up to 5 s
+        for readers; if bytes remain in the file, that is a warning."""
         if kind not in _KINDS_OF_SOURCE:
             raise MemCollabError(f"a source is one of {', '.join(_KINDS_OF_SOURCE)}, not {kind!r}")
-        with self.file.transaction(write=True) as db:
+        with self.file.transaction(write=True, deletes=True) as db:
             if not (ids := _from_source(db, kind, name)):
                 raise MemCollabError(f"{self.file.path}: nothing came from the {kind} {name!r}: nothing was removed")
             _erase(db, ids, _new_version(db, "forget", f"{kind} {name}"))
             db.owe()
-        if remains := self.file.wipe():
+        if remains := self.file.wipe(rewrite=rewrite):
             warnings.warn(f"{self.file.path}: {len(ids)} entries are erased, but {remains}", RuntimeWarning, 3)
         return ids
     def revise(self, id:str, new:Constraint, note:str="")->str: # the new id
