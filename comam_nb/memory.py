@@ -203,7 +203,8 @@ def _reflect(me:Assistant)->list[MemoryItem]:
     new = _as_items((n for d in decisions for n in d.action.notes), me.user, "coarse",
                     _model(me.agents["profile"]))
     if new: me.store.add(new)
-    if old: me.store.forget(me.user, old)
+    # an agent that writes nothing about facts that are there leaves the old one
+    if old and (new or not parts): me.store.forget(me.user, old)
     me.stale = False
     return new
 

@@ -279,6 +279,20 @@ def test_the_same_history_again_adds_nothing(tmp_path):
 
 # what the answering agent is shown
 
+def test_an_agent_that_writes_no_profile_leaves_the_old_one():
+    says = Scripted(["Likes tea. [1]", "Drinks tea. [1]", "Has a cat. [1]", "", "", ""])
+    me = Assistant({k.name: k(says) for k in (ExtractionAgent, ProfileAgent, RetrievalAgent)}, user="ana")
+    profile = lambda: [i.text for i in me.store.items("ana", "coarse")]
+    me.observe(make_history([[("user", "I like tea.")]])[0])
+    me.reflect()
+    assert profile() == ["Drinks tea."]
+    me.observe(make_history([[("user", "I have a cat.")]])[0])
+    me.reflect()
+    assert profile() == ["Drinks tea."] and len(me.store.items("ana", "fine")) == 2
+    me.store.forget("ana", [i.id for i in me.store.items("ana", "fine")])
+    me.reflect() # of no facts
+    assert profile() == []
+
 @pytest.mark.parametrize("k", [20, 3])
 def test_facts_are_shown_in_order_of_time_and_before_the_profile(k):
     said = ["I drink coffee.", "I have a cat.", "My favourite drink of all drinks is tea.", "My drink was milk once."]

@@ -21,7 +21,7 @@ from comam_nb.credit import Credit, assign
 from comam_nb.data import Episode
 from comam_nb.grpo import group_advantages, grpo_loss
 from comam_nb.lm.scoring import token_logprobs
-from comam_nb.mdp import Trajectory
+from comam_nb.mdp import MemoryMDP, Trajectory
 from comam_nb.rl.team import Team
 
 # %% ../../nbs/source/rl/03_failed_step.ipynb #da7aa0a3
@@ -154,7 +154,7 @@ class StepRecord:
         return write_whole(path, save(tensors, {"comam_step": json.dumps(head, default=repr)}))
 
     @classmethod
-    def load(cls, path:str|Path)->"StepRecord":
+    def load(cls, path:str|Path, process:type[MemoryMDP]=MemoryMDP)->"StepRecord": # of the team, see `Trajectory`
         "Raises `DataError` for a file that is none, or not whole."
         from safetensors import SafetensorError, safe_open
         try:
@@ -162,7 +162,7 @@ class StepRecord:
                 head = json.loads((f.metadata() or {})["comam_step"])
                 tensors = {k: f.get_tensor(k).clone() for k in f.keys()} # no view of a file that may change
             episodes = [Episode.from_json(e) for e in head["episodes"]]
-            groups = [[Trajectory.from_json(t | {"episode": e}) for t in g]
+            groups = [[Trajectory.from_json(t | {"episode": e}, process=process) for t in g]
                       for e, g in zip(head["episodes"], head["groups"])] or None
             scores = (tensors["local"], tensors["answers"]) if "local" in tensors else head["returned"]
             own = {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
