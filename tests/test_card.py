@@ -142,7 +142,7 @@ def test_few_bits_are_passed_on(monkeypatch, tmp_path):
         asked.append(kw)
         return Rounded(2, 2)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", model)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda where: types.SimpleNamespace(pad_token="x"))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda where, **kw: types.SimpleNamespace(pad_token="x"))
     for bits in ("4bit", "8bit"):
         backbone.load_backbone(tmp_path, adapters=None, load_in=bits, device="cuda", dtype="bfloat16", verbose=False)
     four, eight = (kw["quantization_config"] for kw in asked)

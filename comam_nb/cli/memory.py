@@ -138,8 +138,8 @@ def _import(args, store)->None:
     new = [i for i in items if i.id not in have[i.user]]
     fresh = [r for r in read if r[1] not in store.sessions(r[0])]
     moved, places = _apart(store, new, fresh)
-    name = Path(args.file).name.replace(";", ",")
-    store.add([replace(i, by=f"{i.by}; import {name}") for i in moved], places)
+    origin = f"import {Path(args.file).name.replace(';', ',')}"
+    store.add([i if origin in i.by.split("; ") else replace(i, by=f"{i.by}; {origin}") for i in moved], places)
     print(f"{len(new)} items are new, {len(items) - len(new)} were there")
 
 def _run(args)->int: # exit code

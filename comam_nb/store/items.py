@@ -338,10 +338,12 @@ def _delete_items(
         with file.transaction(True, [user], deletes=True) as db:
             if ids is None:
                 n = db.execute("DELETE FROM items WHERE user=?", (user,)).rowcount
-                db.execute("DELETE FROM sessions WHERE user=?", (user,))
-            else: n = sum(db.execute("DELETE FROM items WHERE user=? AND id=?", (user, id)).rowcount for id in ids)
+                gone = n + db.execute("DELETE FROM sessions WHERE user=?", (user,)).rowcount
+            else:
+                delete = "DELETE FROM items WHERE user=? AND id=?"
+                n = gone = sum(db.execute(delete, (user, id)).rowcount for id in ids)
             if rule: _record_removal(db, user, rule, ids or [])
-            if n or rewrite or ids is None: db.owe()
+            if gone or rewrite: db.owe()
         return n, file.wipe(rewrite=rewrite)
 def _wanted(
     granularity:str|None, # "fine", "coarse", or None for both
