@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from comam_nb.base.errors import DataError, MemCollabError, StoreError
 from comam_nb.base.files import write_whole
 from comam_nb.base.values import json_fault
-from comam_nb.checks.constraints import Constraint, merge
+from comam_nb.checks.constraints import Constraint, _numbers, merge
 from comam_nb.checks.tasks import Task
 from comam_nb.data import Episode, Message
 from comam_nb.mdp import Trajectory, read_trajectories
@@ -103,6 +103,9 @@ def test_turns_and_ids_that_are_too_long_to_show_are_refused():
         Episode.from_json({huge: 1, **{k: v for k, v in record.items() if k != "query"}})
     steep = dict(fuzz._trajectory, transitions=[dict(agent=nested(900))])
     with pytest.raises(ValueError, match="its agents are .*the process"): Trajectory.from_json(steep)
+
+def test_a_list_of_numbers_is_no_long_number():
+    assert _numbers("1,1,000 and 1,234,567.5 or 12,3") == {1, 1000, 1234567.5, 12, 3}
 
 @pytest.mark.parametrize("kind,n", [("9" * 5000, 2), ("<f8", 1), ("O", 1), ("i8,i8", 1), ("|i1", 2), (["|u1"], 2)])
 def test_a_forged_type_of_an_array_is_no_index(kind, n):
