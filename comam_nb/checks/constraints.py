@@ -218,7 +218,7 @@ def _numbers(
     text:str, # any text
 )->set[float]: # the numbers in it, unsigned
     "Numbers in digits, in words and in Roman letters."
-    return {float(n) for n in _NUMBER.findall(_in_digits(text))}
+    return {float(n) for n in re.findall(r"\d+(?:\.\d+)?", _in_digits(text))} # a comma that is left divides two
 
 def _value(node:ast.AST)->float: # of a sum; ValueError for anything else
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)): return float(node.value)
