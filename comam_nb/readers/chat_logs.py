@@ -27,7 +27,8 @@ tool_result function_call function_call_output custom_tool_call custom_tool_call
 server_tool_use web_search_call web_search_tool_result code_execution_result executable_code executable_output
 execution_output computer_call computer_output system_error tether_browsing_display tether_quote user_editable_context
 model_editable_context""".split())
-_MEDIA = re.compile("(?:input_|output_)?(?:image|audio|video|file)(?:_url|_asset_pointer)?") # only a transcript is speech
+# only their transcript is speech
+_MEDIA = re.compile("(?:input_|output_)?(?:image|audio|video|file)(?:_url|_asset_pointer)?")
 
 def _part_kind(content:Any)->str:
     "What a message's content says that it is; \"\" if it says nothing."
@@ -42,7 +43,7 @@ def _spoken(
     if depth > 4 or _part_kind(content) in _UNSAID: return ""
     if isinstance(content, list): return "\n".join(t for p in content if (t := _spoken(p, depth + 1)))
     if not isinstance(content, dict): return ""
-    fields = ("parts", "text", "value", "refusal", "transcript", "content")
+    fields:tuple[str, ...] = ("parts", "text", "value", "refusal", "transcript", "content")
     if _MEDIA.fullmatch(_part_kind(content)): fields = ("transcript",)
     return next(filter(None, (_spoken(content.get(f), depth + 1) for f in fields)), "")
 
