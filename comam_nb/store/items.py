@@ -244,7 +244,8 @@ def _check_read(
     row:object, # what `MemoryStore.add` was given as something read
 )->tuple[str,str,int,int]: # the same
     "Raise `StoreError` unless it is a user, a number with a hash, and two turn numbers."
-    if not isinstance(row, (list, tuple)) or len(row) != 4: raise StoreError(f"read holds {shown(row)}: give four values")
+    if not isinstance(row, (list, tuple)) or len(row) != 4:
+        raise StoreError(f"read holds {shown(row)}: give four values")
     user, mark, first, turns = row
     for name, text in (("user", user), ("mark", mark)): _check_text(name, text, "read")
     if not user or not re.fullmatch(r"\d{1,18} \w+", mark):
