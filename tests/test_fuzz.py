@@ -193,7 +193,7 @@ TOO_MUCH = 24 # between 8 and 64
 
 def test_a_square_is_seen():
     square, line = (fuzz.Target(lambda t, p=p: re.search(p, t + "x"), []) for p in (" +$", " +x"))
-    assert grows(square, "", " ", 300) > TOO_MUCH > grows(line, "", " ", 300)
+    assert grows(square, "", " ", 800) > TOO_MUCH > grows(line, "", " ", 800)
 
 @pytest.mark.parametrize("name,head,piece", SLOW)
 def test_what_took_the_square_of_its_length_takes_no_more_than_its_share(name, head, piece):

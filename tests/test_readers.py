@@ -158,11 +158,10 @@ def test_odd_turns_of_sharegpt(tmp_path, turn, kept):
                                   "audio", "executable_output", "executable_code", "code_execution_result",
                                   "web_search_tool_result", "custom_tool_call", "brand_new_part"])
 def test_parts_that_say_nothing(tmp_path, kind):
-    bytes64 = dict(text="UklGRg==", value="UklGRg==")
-    data = dict(asset_pointer="file-service://f") if kind == "brand_new_part" else bytes64
+    data = dict(url="file://f") if kind == "brand_new_part" else dict(text="UklGRg==", value="UklGRg==")
     for part in (dict(type=kind, **data), dict(content_type=kind, **data)):
-        told = [[part, dict(type="text", text="Look!")], [part], part]
-        path = put(tmp_path/"a.json", [chat(*(dict(role="user", content=c) for c in told), "Bye.")])
+        parts = [part, dict(type="text", text="Look!")], [part], part
+        path = put(tmp_path/"a.json", [chat(*(dict(role="user", content=c) for c in parts), "Bye.")])
         assert said(path) == [("user", "Look!"), ("user", "Bye.")]
 
 @pytest.mark.parametrize("content, want", [

@@ -27,8 +27,7 @@ tool_result function_call function_call_output custom_tool_call custom_tool_call
 server_tool_use web_search_call web_search_tool_result code_execution_result executable_code executable_output
 execution_output computer_call computer_output system_error tether_browsing_display tether_quote user_editable_context
 model_editable_context""".split())
-# only their transcript is speech
-_MEDIA = re.compile("(?:input_|output_)?(?:image|audio|video|file)(?:_url|_asset_pointer)?")
+_MEDIA = re.compile("(?:input_|output_)?(?:image|audio|video|file)(?:_url|_asset_pointer)?") # may have a transcript
 
 def _part_kind(content:Any)->str:
     "What a message's content says that it is; \"\" if it says nothing."
