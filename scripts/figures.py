@@ -56,8 +56,9 @@ STATISTICS = {"mean": statistics.mean, "half": half, "least": min, "most": max, 
 
 @functools.cache
 def cells(page: str):
-    "The cells of a notebook below nbs/."
-    return json.loads((NBS / page).read_text(encoding="utf-8"))["cells"]
+    "The cells of a notebook below nbs/; a page of Markdown is one."
+    text = (NBS / page).read_text(encoding="utf-8")
+    return [{"cell_type": "markdown", "source": text}] if page.endswith(".md") else json.loads(text)["cells"]
 
 @functools.cache
 def prose(page: str): return "\n\n".join("".join(c["source"]) for c in cells(page) if c["cell_type"] == "markdown")
@@ -200,8 +201,8 @@ def status(page: str, begin: int, end: int, text: str):
     return (cell := beside(page).get((value, decimals)) or beside(page).get(scaled)) and f"{PERHAPS} {cell}"
 
 def pages():
-    "index.ipynb, which is README, the chapters and the walkthroughs."
-    return ["index.ipynb", *(p.relative_to(NBS).as_posix() for d in ("book", "walkthroughs")
+    "index.ipynb, which is README, what is promised, the chapters and the walkthroughs."
+    return ["index.ipynb", "reference/trust.md", *(p.relative_to(NBS).as_posix() for d in ("book", "walkthroughs")
                              for p in sorted((NBS / d).glob("*.ipynb")))]
 
 def around(page: str, begin: int, end: int): return " ".join(prose(page)[max(0, begin - 50):end + 30].split())
