@@ -120,6 +120,17 @@ def named_weights(
 # %% ../../nbs/source/rl/03_failed_step.ipynb #ffe3c67d
 _FEW = 2**26 # numbers; 256 MB
 
+def _copied(named:Mapping[str, torch.Tensor])->dict[str, torch.Tensor]:
+    "Copies where the tensors are, one operation for each device and type; a card is not waited for."
+    kinds:dict[tuple, list[str]] = {}
+    for k, p in named.items(): kinds.setdefault((p.device, p.dtype), []).append(k)
+    out = {}
+    for names in kinds.values():
+        whole = torch.cat([named[k].detach().flatten() for k in names])
+        parts = whole.split([named[k].numel() for k in names])
+        out.update({k: part.view(named[k].shape) for k, part in zip(names, parts)})
+    return out
+
 @dataclass
 class StepRecord:
     "What is known of a step, as far as it came."
@@ -138,13 +149,12 @@ class StepRecord:
         named = dict(named_weights(team, [n for n in names if n in team.trained]))
         shared_out = any(hasattr(p, "full_tensor") for p in named.values())
         few = not shared_out and sum(p.numel() for p in named.values()) <= _FEW
-        weights = {k: p.detach().cpu().clone() for k, p in named.items()} if few else {}
-        return cls(step, list(episodes), settings, weights)
+        return cls(step, list(episodes), settings, _copied(named) if few else {})
 
     def save(self, path:str|Path)->Path: # the file
         "Raises `MemCollabError` if it cannot be written."
         from safetensors.torch import save
-        tensors, told = {f"weights/{k}": v.contiguous() for k, v in self.weights.items()}, None
+        tensors, told = {f"weights/{k}": v.cpu().clone() for k, v in self.weights.items()}, None
         try: tensors |= {k: torch.as_tensor(v).detach().cpu().clone().contiguous()
                          for k, v in zip(("local", "answers"), self.returned, strict=True)}
         except (TypeError, ValueError, RuntimeError): told = f"{self.returned!r:.2000}"
