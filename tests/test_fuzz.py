@@ -207,3 +207,12 @@ def test_doubling_to_four_million_characters(name):
         for piece in PUMPS: assert grows(TARGETS[name], head, piece, 2_000) < TOO_MUCH, (head, piece)
     for head, piece in [("", "x "), ("", "Ann's. "), ("", "[1]\n"), ("When x", " ")]:
         for size in (62_500, 500_000): assert grows(TARGETS[name], head, piece, size) < TOO_MUCH, (head, piece, size)
+
+def test_a_header_with_too_few_offsets_is_a_torn_file(tmp_path):
+    from comam_nb.base.files import last_checkpoint
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("{}")
+    head, told = b'{"a": {"data_offsets": [0]}}', []
+    (folder / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
+    assert last_checkpoint(tmp_path, told.append) is None and "model.safetensors cannot be read" in told[0]

@@ -91,7 +91,7 @@ def _torn_file(path:Path)->bool:
                 header = parse_json(f.read(int.from_bytes(f.read(8), "little")))
                 ends = [t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"]
                 return size != f.tell() + max(ends, default=0)
-            except (ValueError, OverflowError, MemoryError, AttributeError, KeyError, TypeError): return True
+            except (ValueError, OverflowError, MemoryError, AttributeError, LookupError, TypeError): return True
     return path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path)
 
 def _torn(folder:Path)->str:
