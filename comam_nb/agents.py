@@ -220,7 +220,8 @@ class ExtractionAgent(Agent):
 
     def parse(self, text:str, state:Any)->Action:
         turns = [m for s in state.history for m in s.messages]
-        handles:dict[int, tuple[int, ...]] = {i: (m.turn,) for i, m in enumerate(turns, 1)}
+        handles:dict[int, tuple[int, ...]] = {
+            i: (m.turn,) for i, m in enumerate(turns, 1)}
         lines = self.lines([m.content for m in turns])
         return _parse_notes(text, handles, self.budget, lines)
 

@@ -171,8 +171,8 @@ class Trajectory:
         "Rebuild a trajectory; the states follow from the actions."
         names, known = [x["agent"] for x in d["transitions"]], [*process.agents]
         if names != known[:len(names)]:
-            raise ValueError(f"its agents are {shown(names)}, those of the process {known}: "
-                             "name the process that it was made with")
+            raise ValueError(f"its agents are {shown(names)}, those of the process "
+                             f"{known}: name the process that it was made with")
         mdp = process(Episode.from_json(d["episode"]), intervene)
         t, state = cls(mdp.episode, answer_reward=d["answer_reward"]), mdp.reset()
         for x in d["transitions"]:

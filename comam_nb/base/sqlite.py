@@ -83,6 +83,7 @@ _rng = random.Random() # its own, so that nobody's seed decides who waits, or is
 
 def _pause(longest:float=.01)->None: time.sleep(_rng.uniform(.001, longest))
 
+# %% ../../nbs/source/base/03_sqlite.ipynb #7a1e0102
 class _Connection(sqlite3.Connection):
     "An SQLite file that answers."
     def turn(self, sql:str, seconds:float=_PATIENCE)->None:

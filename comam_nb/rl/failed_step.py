@@ -131,6 +131,7 @@ def _copied(named:Mapping[str, torch.Tensor])->dict[str, torch.Tensor]:
         out.update({k: part.view(named[k].shape) for k, part in zip(names, parts)})
     return out
 
+# %% ../../nbs/source/rl/03_failed_step.ipynb #ffe3c701
 @dataclass
 class StepRecord:
     "What is known of a step, as far as it came."
@@ -241,6 +242,7 @@ def _losses_again(record:StepRecord, team:Team, names:Sequence[str], advantages:
         norm = get_total_norm([g for g in grads if g is not None])
         yield f"{name}: mean log-probability {(logps.sum() / mask.sum()).item():.4f}, gradient's norm {norm.item():.4g}"
 
+# %% ../../nbs/source/rl/03_failed_step.ipynb #7c7efc01
 def replay(
     record:StepRecord, # of a file
     team:Team|None=None, # built as the run's; its weights become those of the file
