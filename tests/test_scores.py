@@ -10,7 +10,7 @@ from comam_nb.base.errors import RewardError
 from comam_nb.base.unspaced import UNSPACED
 from comam_nb.data import Query, example_episode
 from comam_nb.readers.scores import (_choice_match, _locomo, _normalise_answer, _parse_choice, _stem, answer_reward,
-                                     _contains_match, exact_match)
+                                     contains_match, exact_match)
 
 
 # ---- equal, in every script
@@ -39,19 +39,19 @@ def test_ascii_is_normalised_as_squad_does(text):
     ("te\u0301", "té"), ("Straße", "STRASSE"), ("tea\u200b", "tea"), ("soft\u00adware", "software"), ("½", "1/2"),
     ("−5", "-5"), ("well–known", "well-known"), ("؟شاي", "شاي"), ("\u00a0tea\u3000", "tea"), ("Ⅳ", "IV")])
 def test_the_same_answer_in_other_dress(pred, gold):
-    assert exact_match(pred, gold) and _contains_match(pred, gold) and answer_reward(pred, gold, "f1") == 1
+    assert exact_match(pred, gold) and contains_match(pred, gold) and answer_reward(pred, gold, "f1") == 1
 
 @pytest.mark.parametrize("pred, gold", [("咖啡", "茶"), ("té", "te"), ("", "茶"), ("tea", "茶"), ("15", "5"),
                                         ("A型", "B型"), ("型", "A型")])
-def test_other_answers(pred, gold): assert not exact_match(pred, gold) and not _contains_match(pred, gold)
+def test_other_answers(pred, gold): assert not exact_match(pred, gold) and not contains_match(pred, gold)
 
 @pytest.mark.parametrize("pred, gold", [
     ("我喜欢茶", "茶"), ("彼女は山に登ります。", "山"), ("저는 커피를 좋아해요", "커피"), ("ฉันชอบกาแฟ", "กาแฟ"), ("它叫“豆豆”，是只猫", "豆豆"),
     ("I met Mr. O’Brien.", "O'Brien"), ("生日是5月3日", "5月3日")])
-def test_whole_words_in_a_longer_reply(pred, gold): assert _contains_match(pred, gold)
+def test_whole_words_in_a_longer_reply(pred, gold): assert contains_match(pred, gold)
 
 def test_parts_of_words_do_not_count_where_there_are_words():
-    assert not _contains_match("steak", "tea") and not _contains_match("15日", "5") and _contains_match("5日", "5")
+    assert not contains_match("steak", "tea") and not contains_match("15日", "5") and contains_match("5日", "5")
 
 def test_token_f1_counts_characters_where_there_are_no_words():
     assert answer_reward("我喜欢绿茶", "绿茶", "f1") == pytest.approx(2 * 2 / (5 + 2))

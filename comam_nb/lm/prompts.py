@@ -6,7 +6,7 @@
 __all__ = ['PROMPTS']
 
 # %% ../../nbs/source/lm/09_prompts.ipynb #1d6fbfbf
-_INSTRUCT = {
+INSTRUCT = {
     "extraction": dict(template=(
         "{history}\n\nList at most {budget} facts about the user from this conversation. "
         "End every line with the number of the turn that it comes from, "
@@ -26,7 +26,7 @@ _INSTRUCT = {
 }
 
 # %% ../../nbs/source/lm/09_prompts.ipynb #a3f352a2
-_FEW_SHOT = {
+FEW_SHOT = {
     "extraction": dict(opening="[", template=(
         "At most {budget} facts about the speakers of each conversation, "
         "each behind the number of its line.\n\n"
@@ -64,4 +64,4 @@ _FEW_SHOT = {
 # %% ../../nbs/source/lm/09_prompts.ipynb #bf0fba9e
 def _careful(agents): return {name: settings | {"grounded": True} for name, settings in agents.items()}
 
-PROMPTS = {"instruct": _careful(_INSTRUCT), "few-shot": _careful(_FEW_SHOT)} # name -> agent -> its settings
+PROMPTS = {"instruct": _careful(INSTRUCT), "few-shot": _careful(FEW_SHOT)} # name -> agent -> its settings

@@ -41,7 +41,8 @@ def exact_match(
     p, g = _normalise_answer(pred), _normalise_answer(gold)
     return p == g if g else str(pred).strip().casefold() == str(gold).strip().casefold()
 
-def _contains_match(
+# %% ../../nbs/source/readers/09_scores.ipynb #c0a7a1b5
+def contains_match(
     pred:str, # answer given
     gold:str, # right answer
 )->bool: # the right answer occurs, as whole words
@@ -213,7 +214,7 @@ def _auto(pred, gold, episode, text):
     if benchmark == "locomo": return _locomo(pred, gold, episode.meta.get("category"))
     if benchmark != "longmemeval": return exact_match(pred, gold)
     lost = _asked_for(episode) == "abstention" and any(x in pred.lower().replace("’", "'") for x in _NOT_KNOWN)
-    return lost or _contains_match(pred, gold)
+    return lost or contains_match(pred, gold)
 
 def _by_f1(pred, gold, episode, text):
     locomo = episode and episode.meta.get("benchmark") == "locomo"
@@ -221,7 +222,7 @@ def _by_f1(pred, gold, episode, text):
 
 _MATCHES:dict[str, Callable[..., float]] = {
     "auto": _auto, "exact": lambda pred, gold, episode, text: exact_match(pred, gold),
-    "contains": lambda pred, gold, episode, text: _contains_match(pred, gold), "f1": _by_f1,
+    "contains": lambda pred, gold, episode, text: contains_match(pred, gold), "f1": _by_f1,
     "choice": lambda pred, gold, episode, text: _choice_match(text or pred, gold, _letters(episode))}
 
 def answer_reward(
