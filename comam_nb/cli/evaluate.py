@@ -201,7 +201,7 @@ def _evaluate(args)->int:
     _check(args)
     out = Path(args.out) if args.out else Path("runs") / time.strftime("eval-%Y%m%d-%H%M%S")
     if out.is_file(): raise CommandError(f"{out}: a file: name a directory")
-    if args.data == "microworld":
+    if args.data == "microworld" and not args.backbone: # the tiny policies: one thread, as in training
         import torch
         torch.set_num_threads(1)
     episodes = _questions(args)
