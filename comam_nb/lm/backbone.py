@@ -217,6 +217,18 @@ def _load_gguf(path, dtype):
     return model.to(dtype), tok
 
 # %% ../../nbs/source/lm/03_backbone.ipynb #6e2c759c
+def _pickled(folder): # a file, or None
+    "Weights that only unpickling could load, which may run whatever the file says."
+    for start in ("adapter_model", ""):
+        files = sorted(p for p in folder.iterdir() if p.name.startswith(start))
+        if any(p.suffix == ".safetensors" for p in files): continue
+        found = [p for p in files if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        if found: return found[0]
+    return None
+
+_CONVERT = ("its weights are pickled, not safetensors, and unpickling may run code: convert them on a machine that you "
+            "can spare, with save_pretrained of `transformers`, which writes safetensors")
+
 def _check_name(name):
     "A clear line for the names that cannot be a model."
     path = Path(name).expanduser()
@@ -228,6 +240,7 @@ def _check_name(name):
         if len(ggufs) == 1: return ggufs[0]
         which = ", several .gguf files: name one" if ggufs else ""
         raise BackboneError(f"{name}: this directory holds no model (no config.json{which})")
+    if path.is_dir() and (file := _pickled(path)): raise BackboneError(f"{file}: {_CONVERT}")
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise BackboneError(f"{name}: no such directory")
     return path if path.exists() else name
@@ -266,9 +279,11 @@ def load_backbone(
     try:
         if str(where).endswith(".gguf"): model, tok = _load_gguf(Path(where), kind)
         else:
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, trust_remote_code=False, **more)
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, trust_remote_code=False,
+                                                         use_safetensors=True, **more)
             tok = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except (OSError, KeyError, ValueError) as e: # ValueError: it brings code of its own, which is never run
+        if "use_safetensors" in str(e): raise BackboneError(f"{name_or_path}: {_CONVERT}") from None # of the hub
         raise BackboneError(f"{name_or_path}: cannot be loaded as a causal language model ({str(e).splitlines()[0]}): "
                             "name a model directory, a .gguf file or a hub id; a model's own code is never run") from e
     if tok.pad_token is None: tok.pad_token = tok.eos_token

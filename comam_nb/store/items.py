@@ -162,12 +162,20 @@ _SCHEMA = (
     "CREATE INDEX items_by_user ON items(user, granularity, seq)")
 _SESSIONS = """CREATE TABLE IF NOT EXISTS sessions(user TEXT NOT NULL, mark TEXT NOT NULL, first INTEGER NOT NULL,
   turns INTEGER NOT NULL, PRIMARY KEY(user, mark))""" # what was read; came later than the others
+_REMOVALS = """CREATE TABLE IF NOT EXISTS removals(n INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT NOT NULL,
+  removed TEXT NOT NULL, rule TEXT NOT NULL, ids TEXT NOT NULL)""" # made when the first item goes by its source
 _OWN = "USING (user = current_setting('comam.user', true))" # rows that a role sees that does not own the tables
+def _apart(table:str)->tuple[str,...]:
+    "SQL statements that keep the rows of a server's table apart."
+    return f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY", f"CREATE POLICY own ON {table} {_OWN}"
+_REMOVALS_APART = (_REMOVALS, "DROP POLICY IF EXISTS own ON removals", *_apart("removals"))
+_UNGUARDED = """SELECT 1 FROM pg_class i LEFT JOIN pg_class r ON r.oid=to_regclass('comam_store.removals')
+  WHERE i.oid=to_regclass('comam_store.items') AND pg_has_role(i.relowner, 'USAGE')
+  AND r.relrowsecurity IS NOT TRUE""" # a row: removals are not kept apart, as in memories of old, and ours to mend
 _SERVER = (_SESSIONS, "CREATE EXTENSION IF NOT EXISTS vector", "ALTER TABLE items DROP COLUMN vector",
            "ALTER TABLE items ADD COLUMN vector vector NOT NULL",
            "ALTER TABLE items SET (toast_tuple_target = 8160)", # a vector stays in its row, up to 1,900 numbers
-           *(f"ALTER TABLE {t} ENABLE ROW LEVEL SECURITY" for t in ("items", "sessions")),
-           *(f"CREATE POLICY own ON {t} {_OWN}" for t in ("items", "sessions")))
+           *(s for t in ("items", "sessions") for s in _apart(t)), *_REMOVALS_APART)
 _KIND = FileKind(_SCHEMA, 0x434d414d, 1, "store", "a memory file", "memory.db", "MemoryStore", server=_SERVER, # "CMAM"
                  missing="there is no such memory: `comam chat --memory` or `comam answer --history` makes one")
 
@@ -191,9 +199,16 @@ class _StoreFile(Database):
                 with self.transaction(write=True) as db:
                     db.execute(_SESSIONS)
                     if not db.execute("SELECT 1 FROM meta").fetchone(): _write_meta(db, embedder)
+            if is_address(path): self._guard()
             if reindex: self.embed_anew(embedder)
             with self.checked(): pass # raises for another embedder
         except BaseException: self.close(); raise
+    def _guard(self):
+        "The owner keeps the removals of a server's older memory apart, too."
+        with self.session() as db: open_to_all = db.execute(_UNGUARDED).fetchone()
+        if open_to_all:
+            with self.transaction(write=True) as db:
+                for statement in _REMOVALS_APART: db.execute(statement)
     @contextmanager
     def checked(self, write:bool=False, whose:Collection[str]|None=None)->Iterator[Connection]:
         "A transaction in which the file's vectors are those of our embedder."
@@ -264,12 +279,10 @@ def _read_sessions(
     with file.session() as db: return {mark: (first, n) for mark, first, n in db.execute(sql, (user,))}
 
 # %% ../../nbs/source/store/01_items.ipynb #8e2b6f11
-_REMOVALS = """CREATE TABLE IF NOT EXISTS removals(n INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT NOT NULL,
-  removed TEXT NOT NULL, rule TEXT NOT NULL, ids TEXT NOT NULL)""" # made when the first item goes by its source
 _KINDS_OF_SOURCE = "session", "model", "import"
 def _record_removal(db:Connection, user:str, rule:str, ids:list[str])->None:
     "Inside the transaction that deletes them."
-    db.execute(_REMOVALS)
+    if not db.columns("removals"): db.execute(_REMOVALS)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     db.execute("INSERT INTO removals(user, removed, rule, ids) VALUES(?,?,?,?)", (user, now, rule, json.dumps(ids)))
 def _turns_of(name:str, sessions:Iterable[tuple[int,int]])->range: # first turn, number of turns

@@ -25,5 +25,6 @@ def let_in(
         db.execute(f'GRANT SELECT ON ALL TABLES IN SCHEMA comam_store TO "{role}"')
         db.execute(f'GRANT SELECT ON ALL SEQUENCES IN SCHEMA comam_store TO "{role}"') # for the next id
         db.execute(f'GRANT INSERT, UPDATE, DELETE ON items, sessions TO "{role}"')
+        db.execute(f'GRANT INSERT ON removals TO "{role}"')
         if not db.execute("SELECT has_table_privilege(?, 'comam_store.items', 'INSERT')", (role,)).fetchone()[0]:
             raise StoreError(f"{store.path}: these rights are not yours to give: open it as the owner of its tables")
