@@ -26,6 +26,17 @@ def nothing_old_is_looked_through():
     gc.freeze()
 
 
+@pytest.fixture
+def watchdog():
+    "A test that does not end fails after a minute. No test asserts on seconds: machines are busy."
+    def bark(*_): raise TimeoutError("the test has not ended within a minute")
+    before = signal.signal(signal.SIGALRM, bark)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 @pytest.fixture(scope="session")
 def shared():
     "The folder with the real data sets, beside the repository."

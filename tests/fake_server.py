@@ -25,7 +25,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.moods, self.log, self.answer = [], [], lambda prompt: rf"It is \boxed{{{prompt.split()[-1]}}}"
-        self.always, self.delay, self.busy, self.most_busy = None, 0.0, 0, 0
+        self.always, self.delay, self.busy, self.most_busy, self.dribbled = None, 0.0, 0, 0, 0
         self.lock, self.hold = threading.Lock(), threading.Event()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
@@ -74,7 +74,8 @@ class Handler(BaseHTTPRequestHandler):
         elif mood == "silent": self.server.hold.wait(1.5)
         elif mood == "dribble":
             self.send_response(200); self.send_header("content-length", "1000"); self.end_headers()
-            for _ in range(100): self.wfile.write(b" "); self.wfile.flush(); time.sleep(0.02)
+            for _ in range(1000): self.wfile.write(b" "); self.wfile.flush(); time.sleep(0.06)
+            self.server.dribbled += 1 # somebody has waited for the whole of it
         elif mood == "cut": self.send(200, good[:40], length=len(good)); self.hang_up(False)
         elif mood == "reset": self.send(200, good[:40], length=len(good)); time.sleep(0.02); self.hang_up(True)
         elif mood == "reset at once": self.hang_up(True)

@@ -1,5 +1,5 @@
 "Contrast: pairs, what a model's text can and cannot do, merging, resuming, and the offline distiller."
-import json, random, time
+import json, random
 from collections import Counter
 from dataclasses import replace
 import pytest
@@ -105,12 +105,10 @@ def test_any_text_parses_to_single_lines_or_reasons(text, strict):
                                   "When " + " " * 100000 + "x",
                                   "When x, enforce " + "a_" * 30000, "When x, enforce " + "a " * 50000 + "; avoid "
                                   + "b-" * 50000, "A.B(" * 20000, "<" * 50000])
-def test_hostile_lengths_cost_no_time(text):
-    t = time.perf_counter()
+def test_hostile_lengths_cost_no_time(text, watchdog):
     good, _ = parse_constraints(text)
     for c in [*good, Constraint("x", text), Constraint(text[:5000], text[:5000])]: validate(c, TASK)
     Task("h", text or "x"), step_phrases(text), quote(text)
-    assert time.perf_counter() - t < 3
 
 
 # refusing

@@ -68,11 +68,9 @@ def test_powers_are_compared_as_integers(a, b):
                                   "answer" + " "*100_000, "-"*100_000, "\\boxed{9^{9^{9^{9}}}}",
                                   "\\boxed{" + "\\sqrt{"*200 + "}"*201],
                          ids=lambda s: repr(s[:12]))
-def test_no_text_takes_long(text):
-    start = time.process_time()
+def test_no_text_takes_long(text, watchdog):
     assert not check_math("7", text).passed and not check_exact("7", text).passed
     _extract_code(text, ["f"])
-    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("gold, answer", [("7", "7 million"), ("7", "2 pi"), ("2", "2x"), ("2", r"2\pi"),

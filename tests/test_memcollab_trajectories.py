@@ -31,7 +31,7 @@ def plain(chat, name="a", **options): return Solver(name, chat, "plain", **optio
 def test_a_good_answer_and_what_was_asked(server):
     r = server.chat(extra={"top_p": 0.8}).chat(ask("say 5"), max_tokens=33, temperature=0.5, seed=42)
     assert (r.text, r.prompt_tokens, r.completion_tokens, r.finish) == (r"It is \boxed{5}", 7, 3,
-        "stop") and 0 < r.seconds < 5
+        "stop") and r.seconds > 0
     [(_, _, _, body)] = server.log
     assert body == {"model": "m", "messages": ask("say 5"), "max_tokens": 33, "temperature": 0.5, "seed": 42,
                     "top_p": 0.8}
@@ -47,10 +47,9 @@ def test_a_good_answer_and_what_was_asked(server):
                                   b'{"error": {"message": "overloaded"}}', b"[" * 100_000], ids=lambda m: str(m)[:24])
 def test_after_any_trouble_it_asks_again(server, mood):
     server.moods = [mood, mood]
-    start = time.monotonic()
     r = server.chat(timeout=0.25 if mood in ("silent", "dribble") else 5).chat(ask("say 7"))
     assert r.text == r"It is \boxed{7}" and [m for _, _, m, _ in server.log] == [mood, mood, "well"]
-    assert time.monotonic() - start < 3 # a dribbling server does not hold us: the time-out is for the whole answer
+    assert server.dribbled == 0 # it would go on for a minute: the time-out is for the whole answer
 
 
 @pytest.mark.parametrize("mood", ["wrong type", "wrong type, events"])
@@ -195,7 +194,7 @@ def test_workers_of_solve_go_before_those_of_the_chat(server):
 
 def test_two_endpoints_work_at_the_same_time(server):
     other = Server()
-    meeting = threading.Barrier(2, timeout=10)
+    meeting = threading.Barrier(2, timeout=60)
     def meet(h): meeting.wait(); h.send(200, completion("x"))
     server.moods, other.moods = [meet], [meet] # each waits for the other: one after the other would never end
     solve(numbers(1), [plain(server.chat(), "a"), plain(other.chat(), "b")])
@@ -211,7 +210,7 @@ def nobody():
 
 
 def test_all_endpoints_work_at_the_same_time_and_none_has_more_than_its_places(servers, tmp_path):
-    meeting = threading.Barrier(6, timeout=10)
+    meeting = threading.Barrier(6, timeout=60)
     def meet(h): n = h.server.log[-1][1].split()[-1]; meeting.wait(); h.send(200, completion(rf"\boxed{{{n}}}"))
     # the first six requests wait for each other: fewer at once, and none would end
     for s in servers: s.moods = [meet, meet]

@@ -51,7 +51,7 @@ def bootstrap(
     seed:int=0, # of the resampling
     clusters:Sequence|np.ndarray|None=None, # [n] labels, users or tasks, drawn whole; None draws single values
     seeds:Sequence|np.ndarray|None=None, # [n] labels; with two or more, seeds are drawn too
-)->Interval: # percentile interval at 95 %
+)->Interval: # percentile interval at 95 %; nan to nan for values of one cluster and one seed
     "Mean with a bootstrap interval over clusters and seeds. Raises `DataError` for no values or labels that misfit."
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or not values.size: raise DataError(f"no values to average in the shape {values.shape}")
@@ -64,6 +64,8 @@ def bootstrap(
     total, count = np.zeros((2, c.max() + 1, s.max() + 1)) # [clusters, seeds]
     np.add.at(total, (c, s), values)
     np.add.at(count, (c, s), 1)
+    if clusters is not None and total.size == 1: # drawing the same one again and again says nothing of others
+        return Interval(float(values.mean()), np.nan, np.nan)
     w = multiplicities(len(total), resamples, seed) # [resamples, clusters]
     u = multiplicities(total.shape[1], resamples, seed + 1) # [resamples, seeds]
     drawn = ((w @ count) * u).sum(1) # [resamples] outcomes; 0 where no drawn cluster met a drawn seed

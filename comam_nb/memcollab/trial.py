@@ -78,7 +78,7 @@ def _decide(
 )->str: # "retired", "active" or "on trial"
     "How far a lesson has come."
     count = Counter(t["model"] for t in tries)
-    each = [_changed(t for t in tries if t["model"] == m) for m in count]
+    each = [_changed_tasks(t for t in tries if t["model"] == m) for m in count]
     (worse, better), limit = _changed_tasks(tries), (1 + len(each)) / level
     if any(_evidence(*pair) >= limit for pair in [(worse, better), *each]): return "retired"
     if sum(n >= fewest for n in count.values()) < models: return "on trial"

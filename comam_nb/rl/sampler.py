@@ -6,7 +6,7 @@
 __all__ = ['PrioritySampler']
 
 # %% ../../nbs/source/rl/07_sampler.ipynb #2f879c30
-import random
+import math, random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +24,10 @@ class PrioritySampler:
         epsilon:float=0.02, # so that no episode is given up
         seed:int=0, # of the choice
     ):
+        "Raises `CreditError` for settings that make no weights."
+        if n < 1 or not 0 <= decay <= 1 or not 0 <= power < math.inf or not 0 <= epsilon < math.inf:
+            raise CreditError(f"n={n}, decay={decay}, power={power}, epsilon={epsilon}: take an episode or more, a "
+                              "decay from 0 to 1, and power and epsilon of at least 0")
         self.n, self.decay, self.power, self.epsilon, self.t = n, decay, power, epsilon, 0
         self.known, self.mean, self.highest = {}, 0.0, 1.0 # known: episode -> (priority, step)
         self.rng = random.Random(seed)
@@ -38,11 +42,18 @@ class PrioritySampler:
         """k episode numbers, drawn without replacement (Efraimidis and Spirakis 2006).
         Raises `CreditError` if there are fewer."""
         if k > self.n: raise CreditError(f"{k} episodes a step, but only {self.n} to choose from")
-        weight = lambda e: (self.priority(e) + self.epsilon) ** self.power
-        return sorted(range(self.n), key=lambda e: self.rng.random() ** (1 / weight(e)), reverse=True)[:k]
+        def arrival(e): # the logarithm of -log(u) / weight, an exponential waiting time: no power makes it 0 or infinite
+            u, weight = self.rng.random(), self.priority(e) + self.epsilon # before the power
+            return math.log(-math.log(max(u, 1e-300))) - self.power * math.log(max(weight, 1e-300))
+        return sorted(range(self.n), key=arrival)[:k]
 
     def update(self, episodes:Sequence[int], signals:Sequence[float])->None:
-        "What the groups of these episodes had to teach; one step is over."
+        """What the groups of these episodes had to teach; one step is over.
+        Raises `CreditError` for a signal that is no number from 0 up."""
+        if bad := [p for p in signals if not 0 <= p < math.inf]:
+            raise CreditError(f"a group taught {bad[0]}: give the spread of its rewards, a number from 0 up")
+        if not len(episodes) == len(signals) > 0:
+            raise CreditError(f"{len(signals)} signals for {len(episodes)} episodes: give one for each")
         self.t += 1
         for e, p in zip(episodes, signals): self.known[e] = (p, self.t)
         self.mean = sum(p for p, _ in self.known.values()) / len(self.known)
