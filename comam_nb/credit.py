@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .base.errors import CreditError
-from .base.groups import checked_rewards
+from .base.groups import checked_rewards, credit_table, own_weights
 
 # %% ../nbs/book/07_credit.ipynb #7e8937a6
 def _discounts(
@@ -99,23 +99,8 @@ def fixed(
 
 # %% ../nbs/book/07_credit.ipynb #520dde79
 _CONSTANT = {"equal": lambda A: 1 / A, "local": lambda A: 0., "global": lambda A: 1.}
-_SCHEMES = ("adaptive", *_CONSTANT)
 
 # %% ../nbs/book/07_credit.ipynb #41222416
-def _own_weights(
-    scheme:Callable[[Tensor, Tensor], Any], # (local [A, G], glob [G]) -> [A]
-    local:Tensor, # [..., A, G]
-    glob:Tensor, # [..., G]
-)->Tensor: # [..., A]
-    "The weights of a reader's own scheme, group by group. Raises `CreditError`."
-    groups = zip(local.reshape(-1, *local.shape[-2:]), glob.reshape(-1, glob.shape[-1]))
-    ws = [torch.as_tensor(scheme(l, g), dtype=torch.float64).cpu() for l, g in groups]
-    for w in ws:
-        if w.shape != local.shape[-2:-1] or not w.isfinite().all():
-            raise CreditError(f"the scheme returned {w.tolist()}: expected "
-                              f"{local.shape[-2]} finite weights, one per agent")
-    return torch.stack(ws).view(local.shape[:-1])
-
 def credit_weights(
     local:Any, # [..., A, G] local rewards
     glob:Any, # [..., G] global rewards
@@ -127,11 +112,11 @@ def credit_weights(
     a callable (local [A, G], glob [G]) -> [A]. Raises `CreditError` for an unknown name,
     weights of a wrong shape or not finite, and as `ndcg_consistency`."""
     local, glob = checked_rewards(local, glob)
-    if callable(scheme): return _own_weights(scheme, local, glob)
+    if callable(scheme): return own_weights(scheme, local, glob)
     if scheme == "adaptive": return adaptive_weights(local, glob, temperature, rescale)
     if scheme not in _CONSTANT:
         raise CreditError(f"unknown credit scheme {scheme!r}: use one of "
-                          f"{', '.join(_SCHEMES)}, or pass a callable (local [A, G], "
+                          f"{', '.join(('adaptive', *_CONSTANT))}, or pass a callable (local [A, G], "
                           "glob [G]) -> [A]")
     share = _CONSTANT[scheme](local.shape[-2])
     return torch.full(local.shape[:-1], share, dtype=torch.float64)
@@ -188,17 +173,7 @@ class Credit:
         return f"Credit(weights={self.weights.tolist()}, rewards {shape})"
 
     def _repr_html_(self)->str:
-        A, G = self.rewards.shape[-2:]
-        columns = self.consistency.reshape(-1), self.weights.reshape(-1)
-        table = zip(*(c.tolist() for c in columns), self.rewards.reshape(-1, G).tolist())
-        head = ("episode", "agent n", "v", "w", "integrated rewards")
-        rows = ["".join(f"<th>{h}</th>" for h in head)]
-        for i, (v, w, r) in enumerate(table):
-            if i == 12: break # rows shown
-            numbers = [f"{v:.4f}", f"{w:.4f}", " ".join(f"{x:.4f}" for x in r)]
-            cells = [i // A, i % A, *numbers]
-            rows.append("".join(f"<td>{c}</td>" for c in cells))
-        return f"<table>{''.join(f'<tr>{r}</tr>' for r in rows)}</table>"
+        return credit_table(self.consistency, self.weights, self.rewards)
 
 # %% ../nbs/book/07_credit.ipynb #c22c8b5f
 def assign(

@@ -7,20 +7,17 @@ __all__ = ['MATCHERS', 'extraction_reward', 'retrieval_reward', 'gold_evidence',
            'Rewards']
 
 # %% ../nbs/book/06_rewards.ipynb #db25077d
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from .base.errors import RewardError
 from .base.fences import as_data
-from .base.words import content_words
 from .data import Episode, Message, Session
 from .lm.chat import without_thinking
 from .lm.scoring import choice_probs
 from .mdp import AGENTS, Trajectory
+from .readers.matchers import by_citation_and_words, by_overlap
 from .readers.scores import answer_reward
 
 # %% ../nbs/book/06_rewards.ipynb #3627adfb
@@ -71,55 +68,9 @@ def by_citation(
     "The turns that items cite; citations of turns that do not exist are dropped."
     return {c for item in items for c in item.cites} & {m.turn for m in turns}
 
-# %% ../nbs/book/06_rewards.ipynb #d4dadd29
-def _by_overlap(
-    threshold:float=0.5, # least share of an item's words that a turn must hold
-)->Callable[[Sequence[Any], Sequence[Message]], set[int]]: # a matcher
-    "An item has found the turns that hold at least `threshold` of its content words."
-    def matcher(items, turns):
-        found, held = set(), [(m.turn, content_words(m.content)) for m in turns]
-        for words in filter(None, (content_words(i.text) for i in items)):
-            found |= {n for n, t in held if len(words & t) >= threshold * len(words)}
-        return found
-    return matcher
-
-# %% ../nbs/book/06_rewards.ipynb #a4d3031e
-def _by_embedding(
-    embedder:Callable[[list[str]], np.ndarray], # texts -> floats [n, d]
-    threshold:float=0.5, # least cosine of an item and a turn
-)->Callable[[Sequence[Any], Sequence[Message]], set[int]]: # a matcher
-    "An item has found the turns whose cosine with it is at least `threshold`."
-    def unit(texts):
-        x = np.asarray(embedder(texts), dtype=np.float64)                 # [n, d]
-        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    def matcher(items, turns):
-        if not items or not turns: return set()
-        a, b = unit([i.text for i in items]), unit([m.content for m in turns])
-        close = (a @ b.T >= threshold).any(0)                             # [n_turns]
-        return {m.turn for m, yes in zip(turns, close) if yes}
-    return matcher
-
 # %% ../nbs/book/06_rewards.ipynb #8c4b0d29
-def _by_citation_and_words(
-    share:float=0.25, # least share of an item's telling words that a cited turn must hold
-    max_cites:int=3, # turns that one item can find, those with most of its words
-)->Callable[[Sequence[Any], Sequence[Message]], set[int]]: # a matcher
-    "An item has found the turns that it cites and says something of."
-    def matcher(items, turns):
-        held = {m.turn: content_words(m.content) for m in turns}
-        df = Counter(w for words in held.values() for w in words)
-        common = {w for w, n in df.items() if n > max(3, len(turns) / 20)}
-        found = set()
-        for i in items:
-            words = content_words(i.text) - common
-            same = {c: len(words & held[c]) for c in i.cites if c in held}
-            good = [c for c, n in same.items() if n >= max(1, share * len(words))]
-            found |= set(sorted(good, key=lambda c: (-same[c], c))[:max_cites])
-        return found
-    return matcher
-
-MATCHERS = {"citation": by_citation, "citation+words": _by_citation_and_words(),
-            "words": _by_overlap()} # name -> matcher, for settings and command lines
+MATCHERS = {"citation": by_citation, "citation+words": by_citation_and_words(),
+            "words": by_overlap()} # name -> matcher, for settings and command lines
 
 # %% ../nbs/book/06_rewards.ipynb #87e544db
 _RUBRIC = { # aspect -> question

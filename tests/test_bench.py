@@ -12,9 +12,9 @@ from comam_nb.data import Episode, Query, example_episode, make_history
 from comam_nb.lm.usage import Usage
 from comam_nb.mdp import State, Trajectory, example_agents, example_group
 from comam_nb.readers.locomo import read_locomo
+from comam_nb.readers.matchers import by_overlap
 from comam_nb.readers.personamem import read_personamem
 from comam_nb.readers.scores import answer_reward, exact_match
-from comam_nb.rewards import _by_overlap
 from comam_nb.runs import reports
 from comam_nb.runs.bench import RunFile, _chains, _news, read_run, record_of, run_system
 from comam_nb.runs.cases import browse, loss_counts, _lost_by, memory_events
@@ -450,7 +450,7 @@ def test_lost_by(trajectory, lost): assert _lost_by(trajectory) == lost
 
 def test_lost_by_believes_words_if_asked():
     assert _lost_by(walk([[3, 7]], evidence={3, 7}, text="zebra")) == "reading"
-    assert _lost_by(walk([[3, 7]], evidence={3, 7}, text="zebra"), _by_overlap()) == "extraction"
+    assert _lost_by(walk([[3, 7]], evidence={3, 7}, text="zebra"), by_overlap()) == "extraction"
 
 def test_lost_by_needs_labels():
     with pytest.raises(RewardError, match="no evidence labels"):

@@ -11,9 +11,9 @@ from comam_nb.readers.personamem import read_personamem
 from comam_nb.agents import Action, Note
 from comam_nb.mdp import example_group
 from comam_nb.readers.locomo import read_locomo
-from comam_nb.rewards import (MATCHERS, RubricJudge, Rewards, by_citation, _by_citation_and_words,
-                              _by_embedding, _by_overlap, extraction_reward, gold_evidence, lm_yes, _profile_rewards,
-                              retrieval_reward)
+from comam_nb.readers.matchers import by_citation_and_words, by_embedding, by_overlap
+from comam_nb.rewards import (MATCHERS, RubricJudge, Rewards, by_citation, extraction_reward, gold_evidence, lm_yes,
+                              _profile_rewards, retrieval_reward)
 from comam_nb.base.errors import RewardError
 from comam_nb.readers.weak_evidence import weak_evidence
 
@@ -65,7 +65,7 @@ def test_fixture_trajectories():
 def test_matchers_on_nothing():
     turns = example_episode().turns
     embed = lambda texts: [[0., 0.] for _ in texts]
-    for matcher in (*MATCHERS.values(), _by_overlap(), _by_embedding(embed)):
+    for matcher in (*MATCHERS.values(), by_overlap(), by_embedding(embed)):
         assert matcher([], turns) == set() and matcher([Item(text="", cites=())], turns) == set()
         assert matcher([Item(text="tea", cites=(3,))], []) == set()
     assert by_citation([Item(text="x", cites=(0, 3, 99, -1))], turns) == {3}
@@ -80,29 +80,29 @@ def test_a_line_that_cites_everything_and_says_nothing_earns_nothing():
     for text in ("blah blah", "The user said something.", "", "It is as it is.", "..."):
         item = note(text, *range(1, 9))
         assert extraction_reward(by_citation([item], turns), gold) == pytest.approx(.85)
-        assert extraction_reward(_by_citation_and_words()([item], turns), gold) == 0
+        assert extraction_reward(by_citation_and_words()([item], turns), gold) == 0
     right = [note("The favourite drink was coffee.", 3), note("The favourite drink is tea now.", 7)]
-    assert _by_citation_and_words()(right, turns) == gold
+    assert by_citation_and_words()(right, turns) == gold
 
 
 def test_one_line_finds_few_turns_and_those_that_it_says_most_of():
     turns = make_history([[("user", f"I like {w}x and {w}y.") for w in "abcdefgh"]])[0].messages
     everything = " ".join(f"{w}x" for w in "abcdefgh")
-    assert _by_citation_and_words(share=.1)([note(everything, *range(1, 9))], turns) == {1, 2, 3}
-    assert _by_citation_and_words(share=.1)([note(everything + " fy", *range(1, 9))], turns) == {1, 2, 6}
-    assert len(_by_citation_and_words(share=.1, max_cites=5)([note(everything, *range(1, 9))], turns)) == 5
-    assert _by_citation_and_words()([note(everything, *range(1, 9))], turns) == set() # an eighth of its words each
+    assert by_citation_and_words(share=.1)([note(everything, *range(1, 9))], turns) == {1, 2, 3}
+    assert by_citation_and_words(share=.1)([note(everything + " fy", *range(1, 9))], turns) == {1, 2, 6}
+    assert len(by_citation_and_words(share=.1, max_cites=5)([note(everything, *range(1, 9))], turns)) == 5
+    assert by_citation_and_words()([note(everything, *range(1, 9))], turns) == set() # an eighth of its words each
 
 
 def test_a_speakers_name_is_no_evidence():
     turns = make_history([[("user", f"{'Ann' if i % 2 else 'Bob'}: number{i}") for i in range(20)]])[0].messages
-    assert _by_citation_and_words()([note("Ann speaks", 2, 4)], turns) == set()
-    assert _by_citation_and_words()([note("Ann says number3", 2, 4)], turns) == {4}
+    assert by_citation_and_words()([note("Ann speaks", 2, 4)], turns) == set()
+    assert by_citation_and_words()([note("Ann says number3", 2, 4)], turns) == {4}
 
 
 def test_citation_and_words_in_chinese():
     turns = make_history([[("user", "我每天早上喝咖啡"), ("user", "我妹妹在上海当医生"), ("user", "周末去爬山")]])[0].messages
-    assert _by_citation_and_words()([note("用户早上喝咖啡", 1, 2, 3), note("妹妹是医生", 2, 3)], turns) == {1, 2}
+    assert by_citation_and_words()([note("用户早上喝咖啡", 1, 2, 3), note("妹妹是医生", 2, 3)], turns) == {1, 2}
 
 
 def test_lines_that_the_matcher_does_not_grant_are_wasted_in_both_rewards():
@@ -125,7 +125,7 @@ def test_lines_that_the_matcher_does_not_grant_are_wasted_in_both_rewards():
 def test_facts_of_locomo_are_granted_where_they_were_said_and_not_elsewhere(shared):
     "The observations of the data set name the turns that they come from."
     path, right, cited, wrong, tried = shared / "locomo" / "locomo_first7.json", 0, 0, 0, 0
-    history, matcher = {e.user: e.turns for e in read_locomo(path)}, _by_citation_and_words()
+    history, matcher = {e.user: e.turns for e in read_locomo(path)}, by_citation_and_words()
     for conversation in json.loads(path.read_text(encoding="utf-8"))[:2]:
         turns = history[conversation["sample_id"]]
         turn = {m.id: m.turn for m in turns}
@@ -141,7 +141,7 @@ def test_facts_of_locomo_are_granted_where_they_were_said_and_not_elsewhere(shar
 def test_empty_phrases_earn_next_to_nothing_on_locomo(shared):
     phrases = ["The user said something.", "{} talks about her day.", "They had a great conversation.",
                "{} likes things.", "{} is happy and excited.", "{} had a good time.", "It was really nice to hear."]
-    earned, matcher = [], _by_citation_and_words()
+    earned, matcher = [], by_citation_and_words()
     for e in {e.user: e for e in read_locomo(shared / "locomo" / "locomo_first7.json")}.values():
         name = e.turns[0].content.split(":")[0]
         for s in e.history[:6]:

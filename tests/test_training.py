@@ -41,6 +41,10 @@ def test_a_model_that_takes_no_mask_is_scored_the_simple_way_and_the_trainer_say
         assert scorer(lambda *a, **k: "TRL's own way", None, ids, torch.ones_like(ids), 2) == "TRL's own way"
 
 
+def test_a_run_without_a_number_of_steps_is_refused():
+    with pytest.raises(CreditError, match="set max_steps"): check_run({}, SimpleNamespace(max_steps=-1))
+
+
 def windowed(window):
     "A Gemma 3 of two layers, one of which looks back `window` tokens."
     torch.manual_seed(0)

@@ -6,6 +6,7 @@
 __all__ = ['checked_rewards']
 
 # %% ../../nbs/source/base/12_groups.ipynb #65869339
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,3 +35,37 @@ def checked_rewards(
         raise CreditError("a reward is NaN or infinite: give every rollout a number, "
                           "0 for one that failed")
     return local, glob
+
+# %% ../../nbs/source/base/12_groups.ipynb #42c5ba91
+def own_weights(
+    scheme:Callable[[Tensor, Tensor], Any], # (local [A, G], glob [G]) -> [A]
+    local:Tensor, # [..., A, G]
+    glob:Tensor, # [..., G]
+)->Tensor: # [..., A]
+    "The weights of a reader's own scheme, group by group. Raises `CreditError`."
+    groups = zip(local.reshape(-1, *local.shape[-2:]), glob.reshape(-1, glob.shape[-1]))
+    ws = [torch.as_tensor(scheme(l, g), dtype=torch.float64).cpu() for l, g in groups]
+    for w in ws:
+        if w.shape != local.shape[-2:-1] or not w.isfinite().all():
+            raise CreditError(f"the scheme returned {w.tolist()}: expected "
+                              f"{local.shape[-2]} finite weights, one per agent")
+    return torch.stack(ws).view(local.shape[:-1])
+
+# %% ../../nbs/source/base/12_groups.ipynb #42c5ba94
+def credit_table(
+    consistency:Tensor, # [..., A] v_n
+    weights:Tensor, # [..., A] w_n
+    rewards:Tensor, # [..., A, G] integrated rewards
+)->str: # HTML
+    "A line for each agent of each episode, at most twelve lines."
+    A, G = rewards.shape[-2:]
+    columns = consistency.reshape(-1), weights.reshape(-1)
+    table = zip(*(c.tolist() for c in columns), rewards.reshape(-1, G).tolist())
+    head = ("episode", "agent n", "v", "w", "integrated rewards")
+    rows = ["".join(f"<th>{h}</th>" for h in head)]
+    for i, (v, w, r) in enumerate(table):
+        if i == 12: break # rows shown
+        numbers = [f"{v:.4f}", f"{w:.4f}", " ".join(f"{x:.4f}" for x in r)]
+        cells = [i // A, i % A, *numbers]
+        rows.append("".join(f"<td>{c}</td>" for c in cells))
+    return f"<table>{''.join(f'<tr>{r}</tr>' for r in rows)}</table>"

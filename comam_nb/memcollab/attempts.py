@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..base.errors import MemCollabError
-from ..base.fences import unquoted, unmarked
+from ..base.fences import unquoted
 from ..base.files import Journal, text_hash
 from ..base.values import shown
 from ..checks.code_answers import check
-from ..checks.sandbox import Execution, Verdict, execute
+from ..checks.sandbox import Verdict, execute
 from ..checks.tasks import Task
 from ..lm.chat import Chat, Reply
-from .showing import quote, side_by_side
+from .showing import feedback, quote, side_by_side, storable
 
 # %% ../../nbs/book/11_attempts.ipynb #b0ea84e3
 _ADVICE = ('Advice from earlier tasks stands in the lines that begin with "| ". It is '
@@ -113,7 +113,7 @@ class Solver:
         sample:int=0, # 0, 1, … for several attempts
     )->"_Draft": # `hear` replies until it has a `final` text
         "An attempt in the making."
-        return _Draft(task, self, sample, tuple(_storable(str(m)) for m in memory))
+        return _Draft(task, self, sample, tuple(storable(str(m)) for m in memory))
 
 # %% ../../nbs/book/11_attempts.ipynb #c492cc2f
 _FENCE = re.compile(r"```(?:python3?|py)?[ \t]*\r?\n(.*?)```", re.S | re.I)
@@ -128,30 +128,6 @@ def _split_action(
     block, final = _FENCE.search(text), _FINAL.search(text)
     if not block or (final and final.start() < block.start()): return "", text
     return block[1], text[:block.end()]
-
-# %% ../../nbs/book/11_attempts.ipynb #1d737786
-def _storable(text:str)->str:
-    "Replace lone surrogates, which a program can print and no file can hold."
-    return text.encode("utf-8", "replace").decode()
-
-def _feedback(
-    run:Execution, # what the code did
-    left:int, # messages that the agent has left
-    limit:int=2000, # characters shown of each stream
-)->str:
-    "What an agent is told about its code."
-    def shown(text):
-        text = re.sub(r'File "[^"\n]*[/\\]([^"/\\\n]+)"', r'File "\1"', text)
-        text = _storable(re.sub(r" at 0x[0-9a-f]+>", " at 0x>", text)).strip("\n")
-        text = unmarked(text)
-        if len(text) <= limit: return text
-        out = f"[{len(text) - limit} characters left out]"
-        return f"{text[:limit // 2]}\n{out}\n{text[-limit // 2:]}"
-    parts = [f"Output:\n{shown(run.stdout) or '(nothing was printed)'}"]
-    if run.stderr.strip(): parts.append(f"Errors:\n{shown(run.stderr)}")
-    elif run.reason: parts.append(f"Errors:\n{shown(run.reason)}")
-    if left == 1: parts.append("This is your last message: give the final answer.")
-    return "\n".join(parts)
 
 # %% ../../nbs/book/11_attempts.ipynb #02d7548d
 @dataclass
@@ -194,7 +170,7 @@ def _take_turn(
     d.seconds += reply.seconds
     d.finish = reply.finish
     if reply.finish.startswith("refused"):
-        d.error, d.final = _storable(reply.finish), ""
+        d.error, d.final = storable(reply.finish), ""
         return
     d.turns += 1
     more = s.style == "agent" and d.turns < s.max_turns
@@ -207,7 +183,7 @@ def _take_turn(
         return
     run = execute(code)
     d.seconds += run.seconds
-    d.messages.append({"role": "user", "content": _feedback(run, s.max_turns - d.turns)})
+    d.messages.append({"role": "user", "content": feedback(run, s.max_turns - d.turns)})
 
 # %% ../../nbs/book/11_attempts.ipynb #e5715153
 def _final_text(
@@ -223,7 +199,7 @@ def _final_text(
     if program and (block := _FENCE.search(last)):
         run = execute(block[1])
         draft.seconds += run.seconds
-        printed = _storable(run.stdout).strip().splitlines()
+        printed = storable(run.stdout).strip().splitlines()
         return rf"\boxed{{{printed[-1].strip()}}}" if printed else ""
     return (marks and last[marks[-1].end():].strip()) or last
 

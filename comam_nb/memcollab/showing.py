@@ -6,11 +6,12 @@
 __all__ = ['quote', 'side_by_side']
 
 # %% ../../nbs/source/memcollab/10_showing.ipynb #ca9fb600
-import html
+import html, re
 from typing import Any
 
 from ..base.errors import MemCollabError
 from ..base.fences import unmarked
+from ..checks.sandbox import Execution
 
 # %% ../../nbs/source/memcollab/10_showing.ipynb #52399c94
 def quote(
@@ -22,6 +23,30 @@ def quote(
         half, out = limit//2, len(text) - limit
         text = f"{text[:half]}\n[{out} characters left out]\n{text[len(text) - half:]}"
     return "\n".join("| " + line for line in unmarked(text).splitlines()) or "| "
+
+# %% ../../nbs/source/memcollab/10_showing.ipynb #7f1e0002
+def storable(text:str)->str:
+    "Replace lone surrogates, which a program can print and no file can hold."
+    return text.encode("utf-8", "replace").decode()
+
+def feedback(
+    run:Execution, # what the code did
+    left:int, # messages that the agent has left
+    limit:int=2000, # characters shown of each stream
+)->str:
+    "What an agent is told about its code."
+    def brief(text):
+        text = re.sub(r'File "[^"\n]*[/\\]([^"/\\\n]+)"', r'File "\1"', text)
+        text = storable(re.sub(r" at 0x[0-9a-f]+>", " at 0x>", text)).strip("\n")
+        text = unmarked(text)
+        if len(text) <= limit: return text
+        out = f"[{len(text) - limit} characters left out]"
+        return f"{text[:limit // 2]}\n{out}\n{text[-limit // 2:]}"
+    parts = [f"Output:\n{brief(run.stdout) or '(nothing was printed)'}"]
+    if run.stderr.strip(): parts.append(f"Errors:\n{brief(run.stderr)}")
+    elif run.reason: parts.append(f"Errors:\n{brief(run.reason)}")
+    if left == 1: parts.append("This is your last message: give the final answer.")
+    return "\n".join(parts)
 
 # %% ../../nbs/source/memcollab/10_showing.ipynb #7d705aaa
 _LEFT = "text-align:left;vertical-align:top;white-space:pre-wrap;padding:4px 8px;"

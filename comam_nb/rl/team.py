@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -53,6 +54,32 @@ class FrozenModel:
     )->torch.Tensor: # [n, k] probabilities, rows sum to 1
         "How likely each answer is."
         with self.asked() as backbone: return choice_probs(backbone, list(prompts), tuple(choices))
+
+# %% ../../nbs/source/rl/01_team.ipynb #14b1c0de
+def word_tokenizer(words:str)->Any: # a transformers tokenizer
+    "Words are tokens; the first three ids are padding, end and unknown."
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    vocabulary = {w: i for i, w in enumerate(dict.fromkeys(["<pad>", "<eos>", "<unk>", *words.split()]))}
+    tok = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+                                   padding_side="left")
+
+def babbler(
+    words:str, # that it knows, with blanks between
+    seed:int=0, # of its weights
+    width:int=32,
+    spread:float=0.3, # standard deviation of the weights
+)->Backbone:
+    "A random Llama of two layers that knows the given words."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(seed)
+    tok = word_tokenizer(words)
+    config = LlamaConfig(vocab_size=len(tok), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+                         num_attention_heads=2, max_position_embeddings=512, eos_token_id=1, pad_token_id=0,
+                         bos_token_id=None, initializer_range=spread)
+    return Backbone(LlamaForCausalLM(config).eval(), tok, (), "babbler")
 
 # %% ../../nbs/source/rl/01_team.ipynb #ae9cdd08
 class _SeveralModels(PreTrainedModel):
