@@ -98,6 +98,7 @@ def page(rows: dict):
     measured = [r for n, r in rows.items() if n in named]
     on = ", ".join(sorted({f"{r['processor']} with {r['cores']} cores" for r in measured}))
     days = sorted(r["date"] for r in measured)
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
     out = ["# All notebooks", "",
            "One notebook, one idea, one module. [The book](#book) and the [walkthroughs](#walkthroughs) are for "
            "readers; **source notebooks** hold everything else that is exported (fast paths, file formats, "
@@ -105,7 +106,7 @@ def page(rows: dict):
            "folder for each floor of the house and import downwards only.", "",
            "![The floors of comam_nb, the modules on them, and who imports whom](../map.svg)", "",
            f"Seconds are those of one core, for Run All in a fresh kernel, measured by `python scripts/minutes.py` on "
-           f"{on}, {days[0]} to {days[-1]}, beside other work; [minutes.csv](../logs/minutes.csv) also has the clock's "
+           f"{on}, {when}, beside other work; [minutes.csv](../logs/minutes.csv) also has the clock's "
            "seconds and the load. Cells that take minutes, or need a real model, are marked *slow* and left out.", ""]
     for folder, what in FOLDERS.items():
         out += [f"## {folder.rpartition('/')[2]}", "", what, "", "| notebook | what it says of itself | runs in |",

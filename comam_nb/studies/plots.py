@@ -118,7 +118,7 @@ def plot_heat(
         raise DataError(f"the matrix has shape {matrix.shape}, but {len(rows)} row and {len(columns)} column names")
     ax = _axes(ax, 1.6 + 1.0 * len(columns), 1.0 + 0.42 * len(rows))
     if top is None: top = np.nanmax(matrix) if np.isfinite(matrix).any() else 1.0
-    ax.imshow(matrix, cmap="Blues", vmin=min(0.0, np.nanmin(matrix, initial=0.0)), vmax=top or 1.0, aspect="auto")
+    ax.imshow(matrix, cmap="Blues", vmin=0.0, vmax=top or 1.0, aspect="auto")
     for i, j in np.ndindex(matrix.shape):
         if not np.isfinite(matrix[i, j]): continue
         colour = "white" if matrix[i, j] > 0.6 * top else "black"
