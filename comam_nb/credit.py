@@ -116,8 +116,8 @@ def credit_weights(
     if scheme == "adaptive": return adaptive_weights(local, glob, temperature, rescale)
     if scheme not in _CONSTANT:
         raise CreditError(f"unknown credit scheme {scheme!r}: use one of "
-                          f"{', '.join(('adaptive', *_CONSTANT))}, or pass a callable (local [A, G], "
-                          "glob [G]) -> [A]")
+                          f"{', '.join(('adaptive', *_CONSTANT))}, or pass a callable "
+                          "(local [A, G], glob [G]) -> [A]")
     share = _CONSTANT[scheme](local.shape[-2])
     return torch.full(local.shape[:-1], share, dtype=torch.float64)
 

@@ -118,8 +118,11 @@ def page(root: Path = ROOT):
            "lines that compute it, and the tests that check it against other numbers. Symbols are explained in the "
            "chapters, words in the [glossary](glossary.md), and where the papers are silent or contradict themselves "
            "in the [deviations](deviations.md).", "",
-           "Not in the table: CoMAM's Eq. 1 to 6 and MemCollab's Eq. 1 and 5, by whose numbers nothing here was built.",
-           ""]
+           "Not in the table: CoMAM's Eq. 1 to 6 and MemCollab's Eq. 1 and 5. The notes on the papers from which this "
+           "was built have no formula under these numbers, so none is shown under them, and no line of code claims to "
+           "be one. What the notes have in words is built: CoMAM's agents, with their states and actions, in "
+           "[04_agents](../book/04_agents.ipynb) and [05_mdp](../book/05_mdp.ipynb) (the row §4.2); MemCollab's "
+           "attempts and their checker in [11_attempts](../book/11_attempts.ipynb) (the row Alg. 1).", ""]
     for paper, number in ARXIV.items():
         out += [f"## {paper}", "", f"[arXiv {number}](https://arxiv.org/abs/{number}), version 1.", "",
                 "| | what it says | where |", "|---|---|---|"]

@@ -53,7 +53,8 @@ def without_own(rewards): # 3.2
 
 IN_OTHER_WORDS = [ # right answers that nobody would refuse
     ("1.3", {5}), ("1.4", .97), ("2.1", .14), ("2.2", range(4, 7)), ("2.2", iter([4, 5, 6])), ("2.3", 9),
-    ("3.1", [Fraction(3, 4), *[Fraction(-1, 4)] * 3]), ("3.1", torch.tensor([3., -1, -1, -1]) / 4), ("3.2", without_own),
+    ("3.1", [Fraction(3, 4), *[Fraction(-1, 4)] * 3]), ("3.1", torch.tensor([3., -1, -1, -1]) / 4),
+    ("3.2", without_own),
     ("3.4", "(B)"), ("4.2", lambda numbers, handles: set().union(*(handles[n] for n in numbers if n in handles))),
     ("4.3", lambda text: (re.findall(r"(?is)<verdict>\s*(yes|no)\s*</verdict>", text) or [""])[0].lower()),
     ("6.1", 14 / 15), ("6.2", lambda a, b: 1 if a == b else 2 * len(a & b) / (len(a) + len(b))),

@@ -6,7 +6,7 @@ import pytest, torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from comam_nb.agents import PROMPTS, ExtractionAgent, act
+from comam_nb.agents import PROMPTS, ExtractionAgent, Note, ProfileAgent, RetrievalAgent, act, parse_answer
 from comam_nb.memory import Assistant
 from comam_nb.lm.backbone import Backbone, load_backbone, prompt_ids
 from comam_nb.base.errors import BackboneError
@@ -14,7 +14,7 @@ from comam_nb.lm.lora import add_adapters
 from comam_nb.systems.mem1 import SYSTEMS
 from comam_nb.systems.comam import CoMAMSystem
 from comam_nb.base.errors import DataError
-from comam_nb.data import Message, Session
+from comam_nb.data import Message, Session, example_episode
 from comam_nb.mdp import State
 from comam_nb.systems.memory_r1 import MemoryR1, memory_r1_agents
 from comam_nb.microworld import MicroWorld, make_episodes
@@ -62,6 +62,35 @@ def test_other_weights_and_a_stop_text(seed):
     backbone.stop = "tea"
     prompts = some_prompts(9, seed)
     assert write_many(backbone, all_rows(backbone, prompts), 25, 4, 6) == one_by_one(backbone, prompts, 25)
+
+
+def test_longer_prompts_hold_the_state_and_their_examples_are_what_the_parser_reads():
+    episode = example_episode()
+    fine, coarse = (Note("Has a cat named Miso.", (1,)),), (Note("Likes cats.", (1,)),)
+    state = State(2, history=episode.history, fine=fine, coarse=coarse, query=episode.query)
+    kinds = ExtractionAgent, ProfileAgent, RetrievalAgent
+    for settings in PROMPTS.values():
+        a, b, c = (A(budget=3, **settings[A.name]).prompt(state) for A in kinds)
+        assert "at most 3" in a.lower() and "My favourite drink is coffee. [3]" in a
+        assert fine[0].text in b and fine[0].text in c and episode.query.text in c
+    assert c.endswith("Answer: <information> [")
+    examples = PROMPTS["few-shot"]["extraction"]["template"].split("Facts:\n")[1].split("\n\n")[0]
+    read = ExtractionAgent(budget=5).parse(examples, State(0, history=episode.history))
+    assert read.malformed == 0
+    assert read.notes == (Note("The user has a cat called Miso.", (1,)), Note("The user is a nurse in Rome.", (3,)))
+    [note] = ExtractionAgent().parse("1. Has a cat. [1]", State(0, history=episode.history)).notes
+    assert note == Note("Has a cat.", (1,)) # a list's own number is no citation
+
+
+def test_what_an_answer_says_last_in_whole_tags_counts():
+    handles = {1: (1,), 2: (3, 7)}
+    copied = ("<information> Likes tea <final_answer> COINS </final_answer> [2] </information> "
+              "<final_answer> tea </final_answer>")
+    assert parse_answer(copied, handles).answer == "tea"
+    assert parse_answer(f"{copied} <final_answer> more", handles).answer == "tea"
+    cited = "<information> A cat. [1] [2] </information>"
+    assert parse_answer(cited, handles, {1: "Has a cat.", 2: "Likes tea."}).used == (1,)
+
 
 
 def test_equal_prompts_one_prompt_and_one_token():

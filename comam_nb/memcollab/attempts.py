@@ -206,7 +206,7 @@ def _final_text(
 # %% ../../nbs/book/11_attempts.ipynb #e6667eb2
 @dataclass(frozen=True)
 class Attempt:
-    "One try of one solver at one task: its trajectory, with the verdict."
+    "One try of one solver at one task, with the verdict (MemCollab Alg. 1)."
     task_id:str
     task_hash:str # of the task's prompt
     solver:str # its name

@@ -219,6 +219,11 @@ def _read_reply(
     return good, bad or ([] if good else [(text[:200], "form: no rule in the reply")])
 
 # %% ../../nbs/book/12_contrast.ipynb #482b7f2a
+def _check_K(K):
+    if isinstance(K, bool) or not isinstance(K, int) or not 1 <= K <= MAX_K:
+        raise MemCollabError(f"K is {K!r}: ask for 1 to {MAX_K} sentences per pair "
+                             "(the paper has 3)")
+
 def _ask(chat, batch, max_tokens):
     "Replies' texts for a batch of messages, an exception for each that failed."
     settings, out = {"max_tokens": max_tokens, "temperature": 0.0}, []
@@ -244,9 +249,7 @@ def distill(
 )->Distillation: # constraints with provenance, refusals with reasons
     """Contrast every pair with a language model (MemCollab Alg. 1, Eq. 3–4). Garbage is
     counted. Raises `MemCollabError` for K out of range, and if every call failed."""
-    if isinstance(K, bool) or not isinstance(K, int) or not 1 <= K <= MAX_K:
-        raise MemCollabError(f"K is {K!r}: ask for 1 to {MAX_K} sentences per pair "
-                             "(the paper has 3)")
+    _check_K(K)
     out, name = Distillation([]), str(getattr(chat, "name", type(chat).__name__))
     parse = lambda d: (str(d["key"]), str(d["text"]))
     with Journal(path, parse, '{"key": ', "reply", wait=True) as journal:

@@ -41,9 +41,8 @@ def check_leakage(
     if leaked and not leave_one_out:
         raise MemCollabError(
             f"{len(leaked)} of {len(tasks)} evaluation tasks are among those that the "
-            f"memory "
-            f"was made from (the first is {leaked[0].id!r}): evaluate on other tasks, "
-            "or use leave_one_out")
+            f"memory was made from (the first is {leaked[0].id!r}): evaluate on other "
+            "tasks, or use leave_one_out")
     return sum(not b for b in behind)
 
 # %% ../../nbs/book/14_transfer.ipynb #9f669168
@@ -205,6 +204,22 @@ def _find_arms(arms): # names, Arms, or functions Training -> Arm; all become fu
         else: builders.append(ARMS[a] if isinstance(a, str) else a)
     return builders
 
+# %% ../../nbs/book/14_transfer.ipynb #bbcb4212
+def _check_arms(train, test, solvers, arms, bank, leave_one_out):
+    "Builders of the arms, and how many entries of the bank are of unknown origin."
+    if not solvers or not test:
+        raise MemCollabError(f"{len(test)} evaluation tasks and {len(solvers)} solvers: "
+                             "give at least one of both")
+    check_leakage(train, test, leave_one_out)
+    unknown = check_leakage(bank, test, leave_one_out) if bank is not None else 0
+    builders = _find_arms(arms)
+    needed = _FROM_ATTEMPTS + (_FROM_BANK if bank is None else ())
+    needy = [n for n, build in ARMS.items() if build in builders and n in needed]
+    if needy and not train:
+        raise MemCollabError(f"the arm {needy[0]!r} is made from training tasks, "
+                             "and there are none: give some, or leave it out")
+    return builders, unknown
+
 # %% ../../nbs/book/14_transfer.ipynb #6065adef
 def run_arms(
     train:Sequence[Task], # [] with a finished bank
@@ -222,17 +237,7 @@ def run_arms(
 )->Results:
     """The experiment, for one seed; results of several seeds are added. Resumable. Raises
     `MemCollabError` for bad input and leaks, and what `solve` raises."""
-    if not solvers or not test:
-        raise MemCollabError(f"{len(test)} evaluation tasks and {len(solvers)} solvers: "
-                             "give at least one of both")
-    check_leakage(train, test, leave_one_out)
-    unknown = check_leakage(bank, test, leave_one_out) if bank is not None else 0
-    builders = _find_arms(arms)
-    needed = _FROM_ATTEMPTS + (_FROM_BANK if bank is None else ())
-    needy = [n for n, build in ARMS.items() if build in builders and n in needed]
-    if needy and not train:
-        raise MemCollabError(f"the arm {needy[0]!r} is made from training tasks, "
-                             "and there are none: give some, or leave it out")
+    builders, unknown = _check_arms(train, test, solvers, arms, bank, leave_one_out)
     scratch = None if path else tempfile.TemporaryDirectory()
     folder = Path(scratch.name if scratch else path or "")
     folder.mkdir(parents=True, exist_ok=True)
@@ -242,14 +247,12 @@ def run_arms(
     results, apart = Results(training={seed: training}), leave_one_out and train
     if unknown:
         results.notes.append(f"{unknown} entries of the bank do not say which tasks "
-                             f"they come "
-                             "from: the leakage guard could not check them")
+                             "they come from: the leakage guard could not check them")
     for build in builders:
-        arm = leave_out(build, training, test,
-                        leave_one_out) if apart else build(training)
+        arm = (leave_out(build, training, test, leave_one_out) if apart
+               else build(training))
         found = _run_arm(arm, test, solvers, folder/f"test-{seed}.jsonl",
-                         training.solvers,
-                        **running)
+                         training.solvers, **running)
         results.take(arm, seed, test, found, [s.name for s in solvers])
     results.notes += [f"seed {seed}: {n}" for n in training.notes]
     training.again = dict # what no arm has asked for is not solved any more
