@@ -392,6 +392,7 @@ class JudgesQuestions(Questions):
     def __init__(self, line):
         super().__init__(line)
         self.calls, self.classes, self.yes_and_no = 0, set(), {} # under test; method -> what it said
+        self.doubt = ""
     def foreign(self, handle):
         "Whether an object is of a class that the tests do not name: then it is a result, and not under test."
         return handle._whose.startswith("foreign") or handle._whose != "named" and handle._kind not in self.classes
@@ -404,8 +405,8 @@ class JudgesQuestions(Questions):
         if whose != "foreign": return self.said(method or "what the code returned", answer)
         what = f"{method} of an object of the code's own was given a value"
         if isinstance(answer, bool): self.line.lose(f"wrong answer: {what}, and says {answer} itself")
-        if type(answer) is not Handle: self.line.limit(what)
-        answer._whose = "told"
+        if type(answer) is Handle: answer._whose = "told"
+        else: self.doubt = what # counts if everything else is right
         return answer
     def attribute(self, handle, name):
         # numpy reads memory where __array_interface__ says; Python itself looks into the class
@@ -430,8 +431,8 @@ class JudgesQuestions(Questions):
     def do(self, handle, name, args):
         if name in ("eq", "ne") and args[0] is None: return name == "ne"
         other = type(args[0]) if args else None
-        if name in ("eq", "ne") and other.__module__ == "tests" and getattr(args[0], "__dict__", 0) and other.__name__ == handle._kind:
-            return operate(name, args[0], self.twin(handle, args[0]))
+        ours = name in ("eq", "ne") and other.__module__ == "tests" and other.__name__ == handle._kind
+        if ours and getattr(args[0], "__dict__", None): return operate(name, args[0], self.twin(handle, args[0]))
         counts = name.removeprefix("r") in ARITHMETIC and other is not Handle
         refuse(self.line, handle, name, other, self.foreign(handle), counts)
         if name == "instancecheck" and other is not Handle: return False
@@ -475,6 +476,7 @@ def judge(job, tests, ask, answer, verdict):
     else:
         only_yes = [method for method, answers in asked.yes_and_no.items() if answers == {True}]
         if not asked.calls: reason, line.fault = "the tests never called the code", "judge"
+        elif asked.doubt: reason, line.fault = f"the judge cannot tell: {asked.doubt}", "judge"
         elif only_yes:
             reason, line.fault = f"the judge cannot tell: the tests only hear yes from {only_yes[0][:40]}", "judge"
     reason = line.refused or reason or "passed"
