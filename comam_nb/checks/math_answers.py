@@ -204,7 +204,7 @@ def _units_as_words(
 
 def _is_unit(word:str)->bool:
     "Whether a word beside a number leaves it what it is."
-    if word.isascii(): return word.isalpha() and word.lower() not in _NO_UNITS
+    if word.isascii(): return word.isalpha() and (word == "N" or word.lower() not in _NO_UNITS) # newtons
     greek = any("Ͱ" <= c <= "Ͽ" for c in word)
     changes = greek or set(word) & set("十百千万亿億萬半倍分双两兆负約约根")
     return word.isalpha() and not changes
