@@ -584,6 +584,20 @@ def test_f():
     assert f(3) == 9
 --
 def f(x): return x*x
+## a class of Python's as the function, documentation, formats
+assert f('3') == 3 and g.__doc__ == 'says g' and f'{P(1):>3}' == ' P1' and f'{P(2)}' == 'P2'
+--
+f = int
+def g(): "says g"
+class P:
+    def __init__(self, x): self.x = x
+    def __format__(self, spec): return format(f'P{self.x}', spec)
+## an enumeration of texts
+assert f('r') == 'red'
+--
+from enum import Enum
+class C(str, Enum): R = 'red'
+def f(s): return C.R
 ## numpy
 import numpy as np
 assert np.allclose(f(np.array([1., 2.])), [2, 4])
@@ -922,6 +936,41 @@ def test_whose_fault_it_is():
     assert Verdict.from_json(Verdict(False, "no", 1.0, "judge").to_json()) == Verdict(False, "no", 1.0, "judge")
     with pytest.raises(MemCollabError, match="import no_such_package, which is not installed.*pip install no_such"):
         run_python(right, "import no_such_package\nassert f(3) == 9")
+
+
+CHOSEN = ["def f(x): raise PermissionError(1, 'Operation not permitted')", "def f(x): return next(iter([]))",
+          "def f(x): raise type('StopAsyncIteration', (Exception,), {})", "raise PermissionError"]
+
+@pytest.mark.parametrize("code", CHOSEN)
+def test_a_program_cannot_choose_that_nobody_counts_its_mistake(code):
+    assert run_python(code, TESTS).fault == "wrong"
+
+@pytest.mark.parametrize("test, answer", [("sum(f(3)) == 9", "range(10**12)"),
+                                          ("set(f(3)) == {9}", "[k*(2**61 - 1) for k in range(50_000)]")])
+def test_what_keeps_the_judge_busy_costs_the_program_its_time(test, answer):
+    assert run_python(f"def f(x): return {answer}", f"assert {test}", timeout=.5).fault == "time"
+
+def test_what_only_the_judge_cannot_do_is_its_limit():
+    gives = "def f():\n    x = yield 1\n    yield x"
+    assert run_python(gives, "g = f()\nnext(g)\nassert g.send(3) == 3").fault == "judge"
+    box = "class Box:\n    def get(s, k): return {'a': 1}[k]\ndef make(): return Box()"
+    assert [run_python(box, f"assert make().get('a') == {x}").fault for x in (1, 2)] == ["judge", "wrong"]
+    none = run_python("def f(): return iter([])", "try: next(f()); assert False\nexcept StopIteration: pass")
+    assert none.passed or none.fault == "judge"
+    equal = "class P:\n    def __init__(s, x): s.x = x\n    def __eq__(s, o): return s.x == o.x\n" \
+            "    def __hash__(s): return s.x"
+    assert run_python(equal, "assert len({P(1), P(1)}) == 1").fault == "judge"
+    assert run_python("class P: pass\ndef f(x): return [P()]", "assert set(f(3)) == {9}").fault == "wrong"
+    assert run_python("def f(p): return open(p).read()", "open('a', 'w').write('hi')\nassert f('a') == 'hi'"
+                      ).fault == "judge"
+
+def test_an_object_of_the_setups_class_is_compared_by_that_class():
+    setup = "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n"
+    tests = dict(tests="assert f(P(1)) == P(2) and [P(3)] == [f(P(2))] and f(P(1)) != P(1)", setup=setup)
+    assert run_python("def f(p): return P(p.x + 1)", tests).passed
+    assert not run_python("def f(p): return P(p.x + 2)", tests).passed
+    lies = "class P:\n    def __init__(s, x): s.x = s\n    def __eq__(s, o): return True\ndef f(p): return P(1)"
+    assert not run_python(lies, tests | {"tests": "assert f(P(1)) == P(2)"}).passed
 
 
 # ---- honest programs

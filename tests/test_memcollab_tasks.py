@@ -116,7 +116,26 @@ def test_code_reply_with_several_blocks_and_a_body_only():
     ("2500000", r"The answer is 2.500.000"), ("7", "答案：7 米。"), ("7", "Ответ: 7"), ("7", "La respuesta es 7."),
     ("7", "因此答案是 7（不是 8）"), (r"\text{(B)}", r"\boxed{\text{(B) } 17}"), ("(D)", "The answer is (D) 4/3"),
     ("1, 4", r"$\boxed{1}$ or $\boxed{4}$"), ("(0, 5]", r"\boxed{0 < t \leq 5}"), ("[3, \\infty)", r"\boxed{x \ge 3}"),
-    (r"(-\infty, -1) \cup (1, \infty)", r"\boxed{x < -1 \text{ or } x > 1}"), ("x \\le 4", r"\boxed{(-\infty, 4]}")])
+    (r"(-\infty, -1) \cup (1, \infty)", r"\boxed{x < -1 \text{ or } x > 1}"), ("x \\le 4", r"\boxed{(-\infty, 4]}"),
+    ("6", "<reasoning>\\boxed{7}?</reasoning><answer>6</answer>"), ("6", "<THINK>\\boxed{7}</THINK>It is 6."),
+    ("6", "◁think▷\\boxed{7}◁/think▷The answer is 6."), ("6", "<think>a</think>\\boxed{6}\n</think>"),
+    ("6", "<|channel|>analysis<|message|>\\boxed{7}?<|end|><|start|>assistant<|channel|>final<|message|>It is 6."),
+    ("6", "The answer is 6<|im_end|>"), ("5", "5 (not 6)"), ("5", "Answer: 5, rather than 6."),
+    ("7", "The answer is 6. Wait, that is wrong. The answer is 7."), ("240", "The answer is $240 for 3 nights."),
+    ("72", "The answer is 72 (30 + 42)."), ("72", "The answer is 72, the sum of 30 and 42."),
+    ("3", "#### 3 (2 bad ones)"),
+    ("10", "**Answer:** 10 apples in 2 baskets"), ("25", "Answer: 25 percent of 80"),
+    ("-4", "The answer is negative 4."),
+    ("15", "The answer comes out to 15, i.e. 3 * 5."), (r"\frac{1}{3}", "The answer is 1/3 ≈ 0.333."),
+    ("0.333", "The answer is 1/3 ≈ 0.333."), ("5", r"\boxed{\boxed{5}}"), ("5", r"\boxed{\ 5\ }"),
+    ("5", r"\boxed{{5}}"),
+    ("5", r"\boxed{\color{red}{5}}"), ("3, 5", r"$x=\boxed{3}$ and $x=\boxed{5}$"),
+    ("3", r"\boxed{3\textsuperscript{rd}}"),
+    ("20", r"\boxed{20\ \frac{\text{m}}{\text{s}^2}}"), ("20", r"\boxed{20\ \mathrm{kg\cdot m/s^2}}"),
+    ("1234567", "The answer is 1'234'567."), (r"\frac{3}{8}", r"\boxed{{3 \over 8}}"), (r"\frac{3}{8}", "Answer: 3⁄8"),
+    ("0.000012", "It is 1.2e-5"), ("x^2+1", "The answer is x**2 + 1"), (r"(-\infty, 3)", r"\boxed{\{x \mid x < 3\}}"),
+    (r"(-\infty, 3)", r"\boxed{]-\infty, 3[}"), ("(-1, 2]", r"\boxed{x > -1 \text{ and } x \le 2}"),
+    ("B", "The correct option is B."), ("B", "The answer is option B."), ("B", "故选B"), ("Yes", r"\boxed{\text{Yes}}")])
 def test_answers_as_models_write_them(gold, text):
     assert check(Task("t", "How many?", check={"kind": "math", "answer": gold}), text).passed, M._final_answer(text)
 
@@ -127,7 +146,13 @@ def test_answers_as_models_write_them(gold, text):
     (r"2, 4, \ldots, 2n", r"\boxed{2, 3, \ldots, 2n}"), (r"\{0, \pi\}", r"\boxed{\{0, \pi + 10^{-18}\}}"),
     ("15", r"\boxed{15 x^2}"), ("3", "答案是 3 万"), ("(0, 5]", r"\boxed{0 \le t \leq 5}"),
     (r"\text{(B)}", r"\boxed{(A) or (B)}"), (r"\text{(B)}", r"\boxed{\text{(B)}+1}"),
-    ("500", "The answer is five hundred and one"), ("12", "The answer is 12 million."), ("1/2", "The answer is 2½")])
+    ("500", "The answer is five hundred and one"), ("12", "The answer is 12 million."), ("1/2", "The answer is 2½"),
+    ("3", "◁think▷ the answer is 3"), ("6", "The answer is 6. Wait, that is wrong. The answer is 7."),
+    ("42", "It isn't 42"), ("4", "The answer is negative 4."), ("1", "No one knows."),
+    ("5", "Answer: 5 feet and 6 inches"),
+    ("1", "The answer is 1 in 6"), ("20", r"\boxed{20\mu}"), ("20", r"\boxed{20\frac{m}{s}}"),
+    (r"(-1, 2]", r"\boxed{x > -1}"),
+    (r"e^{-1000}", r"\boxed{e^{-1001}}"), ("6", "The answer is 5 instead of 6."), ("3", "Answer: 2 (3 - 1)")])
 def test_what_looks_like_the_answer_and_is_not(gold, text):
     assert not check(Task("t", "How many?", check={"kind": "math", "answer": gold}), text).passed
 
@@ -140,7 +165,17 @@ def test_what_looks_like_the_answer_and_is_not(gold, text):
     "<think>\n```python\ndef root(x): return 0\n```\n</think>\n"
     "```python\nimport math\ndef root(x): return math.isqrt(x)"
     "\n```", "```python\nimport math, sys\ndef root(x): return math.isqrt(x)\ndef main():\n"
-    "    print(root(int(sys.stdin.readline())))\nmain()\n```"])
+    "    print(root(int(sys.stdin.readline())))\nmain()\n```",
+    "> ```python\n> import math\n> def root(x):\n>\n>     return math.isqrt(x)\n> ```",
+    "```\n>>> import math\n>>> def root(x):\n...     return math.isqrt(x)\n...\n>>> root(9)\n3\n```",
+    "[BEGIN]\nimport math\ndef root(x):\n    return math.isqrt(x)\n[DONE]",
+    "```python\n!pip install numpy\nimport math\ndef root(x):\n\u00a0\u00a0return math.isqrt(x)\n```",
+    "```python\nHALF = float('0.5')\n```\n"
+    "```python\ndef root(x): return int(x ** HALF)\n```\n```python\ny = root(-1) + z\n```",
+    "```python\nimport math\n```\n"
+    "```python\nfrom __future__ import annotations\ndef root(x: N): return math.isqrt(x)\n```",
+    '```python\ndef root(x):\n    """Whole part.\n\n    ```\n    root(9)\n    ```\n    """\n    return int(x**.5)\n```',
+    "<think>```python\ndef root(x): return 0\n```</think>```python\nimport math\nroot = math.isqrt\n```"])
 def test_programs_as_models_write_them(reply):
     task = Task("t", "Write root(x).", check={"kind": "code", "tests": ["assert root(10) == 3"]}, domain="code")
     assert check(task, reply).reason == "passed"
@@ -149,7 +184,8 @@ STUB = 'def total(xs):\n    """Their sum."""\n'
 @pytest.mark.parametrize("body", ["return sum(xs)", "s = 0\n    for x in xs:\n        s += x\n    return s",
                                   "  return sum(xs)", "\ts = sum(xs)\n\treturn s", 
                                   "s = 0\nfor x in xs: s += x\nreturn s",
-                                  "```python\n    return sum(xs)\n```"])
+                                  "```python\n    return sum(xs)\n```",
+                                  "    return add(xs)\n\ndef add(xs):\n    return sum(xs)\n"])
 def test_a_body_that_lost_its_indentation(body):
     task = Task("t", STUB, check={"kind": "code", "entry_point": "total", "setup": STUB,
                                   "test": "def check(f):\n    assert f([1, 2]) == 3"}, domain="code")

@@ -11,7 +11,7 @@ import re
 from .citations import in_braces
 
 # %% ../../nbs/source/base/13_fences.ipynb #f0a1b008
-_TAGS = "information|final_answer|think|thinking|thought|s|bos|eos|start_of_turn|end_of_turn"
+_TAGS = "information|final_answer|think|thinking|thought|reasoning|s|bos|eos|start_of_turn|end_of_turn"
 _MARKS = re.compile(rf"<(?=(?:/\s*)?(?:{_TAGS})>)"
                     r"|<(?=[|｜]\w)|(?<=\w)\|(?=>)|\[(?=/?(?:INST|THINK)\])|<(?=<?/?SYS>>)")
 

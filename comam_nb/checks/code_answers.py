@@ -6,7 +6,7 @@
 __all__ = ['called_names', 'check']
 
 # %% ../../nbs/source/checks/06_code_answers.ipynb #ba548ac8
-import ast, builtins, re
+import ast, builtins, doctest, re
 from collections.abc import Sequence
 from dataclasses import replace
 from textwrap import dedent, indent
@@ -18,7 +18,7 @@ from .tasks import Task
 from ..lm.chat import without_thinking
 
 # %% ../../nbs/source/checks/06_code_answers.ipynb #03ecd595
-_FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[ \t]*([\w+-]*)(.*)$", re.M)
+_FENCE = re.compile(r"^([ \t]*(?:>[ \t]?)*)(`{3,}|~{3,})[ \t]*([\w+-]*)(.*)$", re.M)
 _CODE_LINE = re.compile(r"\s|(?:def|class|import|from|async|if|for|while|try|except|finally|else|elif|with|return|print"
                         r"|assert|raise|pass)\b|[@#)\]}'\"]|[\w.]+\s*(?:\(|\[.*\]\s*=|[-+*/%|&^]?=[^=]|:\s*\w.*=)")
 
@@ -29,11 +29,12 @@ def _blocks(text:str)->list[tuple[str, str]]: # language in lower case, code
         margin, fence, lang, rest = m.groups()
         if fence in rest: code, at = rest[:rest.index(fence)].strip() + "\n", m.end() # all on one line
         else:
-            end = re.compile(rf"^[ \t]*{fence}", re.M).search(text, m.end())
+            near = re.compile(rf"^[ \t>]{{0,{len(margin) + 3}}}{fence}", re.M) # not one inside a docstring
+            end = near.search(text, m.end()) or re.compile(rf"^[ \t]*{fence}", re.M).search(text, m.end())
             code, at = text[m.end() + 1:end.start() if end else None], end.end() if end else len(text)
             line_end = text.find("\n", at)
             at = line_end if end and line_end >= 0 else len(text)
-            code = "\n".join(l.removeprefix(margin) for l in code.split("\n"))
+            code = "\n".join("" if l == margin.rstrip() else l.removeprefix(margin) for l in code.split("\n"))
         out.append((lang.lower(), code))
     return out
 
@@ -58,6 +59,22 @@ def _parsed(code:str)->ast.Module|None:
     try: return parse_python(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError): return None
 
+_COMMAND = re.compile(r"^[ \t]*[!%][A-Za-z].*$", re.M) # of a notebook
+_MARK = re.compile(r"^\[/?[A-Z]+\][ \t]*$", re.M) # [BEGIN], [/PYTHON]
+
+def _readable(code:str)->str: # the same where it parses
+    "A program without what a console, a notebook or a web page put into it."
+    if _parsed(code): return code
+    if code.lstrip().startswith(">>> "):
+        try: code = "".join(e.source for e in doctest.DocTestParser().get_examples(code))
+        except ValueError: pass # a console's text that is none
+    return _COMMAND.sub("", re.sub(r"[\u00a0\u2000-\u200a\u202f\u3000]", " ", code.replace("\ufeff", "")))
+
+def _future_first(code:str)->str:
+    "A program with its `from __future__` lines at its beginning, where Python wants them."
+    line = re.compile(r"^from __future__ import .*\n?", re.M)
+    return "".join(l.rstrip("\n") + "\n" for l in line.findall(code)) + line.sub("", code)
+
 def _unparsed(tree:ast.AST)->str:
     try: return ast.unparse(tree)
     except RecursionError: return "" # a sum of thousands
@@ -77,10 +94,11 @@ def _helpers(
     "Imports, definitions and constants that only other blocks have."
     tree, found = _parsed(main), dict[str, str]()
     own = {x for node in tree.body for x in _named(node)} if tree else set()
+    used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} if tree else set()
     for block in map(_parsed, others):
         for node in block.body if block else ():
-            constant = isinstance(node, (ast.Assign, ast.AnnAssign)) and not any(isinstance(n, ast.Call)
-                                                                                 for n in ast.walk(node))
+            calls = any(isinstance(n, ast.Call) for n in ast.walk(node)) # an example of use, if nobody uses it
+            constant = isinstance(node, (ast.Assign, ast.AnnAssign)) and (not calls or used & {*_named(node)})
             if not constant and not isinstance(node, (*_DEFINITIONS, ast.Import, ast.ImportFrom)): continue
             if new := {*_named(node)} - own: found[" ".join(sorted(new))] = _unparsed(node)
     return "".join(f"{code}\n" for code in found.values())
@@ -90,10 +108,12 @@ def _extract_code(
     names:Sequence[str]=(), # functions that the tests call
 )->str:
     "The last Python block that defines one of `names`, behind what it lacks; else the last block; else any code."
-    blocks = [b for b in _blocks(text) if b[0] in ("python", "py", "python3", "")]
+    text = _MARK.sub("", text)
+    blocks = [(lang, _readable(c)) for lang, c in _blocks(text) if lang in ("python", "py", "python3", "")]
     marked = [c for lang, c in blocks if lang] or [c for _, c in blocks]
     head = re.split("```|~~~", text, maxsplit=1)[0] # where a reply begins with code and only closes the fence
     if len(head) < len(text) and _defines(head, names) and not any(_defines(c, names) for c in marked): return head
+    if not marked and ">>> " in text[:500]: text = _readable(text)
     if not marked: return text if _parsed(text) or not names else _bare(text)
     at = next((i for i in range(len(marked))[::-1] if _defines(marked[i], names)), None)
     if at is None: return marked[-1]
@@ -186,14 +206,16 @@ def _check_code(
     if len(text) > _LONGEST: text, cut = text[:_LONGEST], True
     tests, entry, setup = spec.get("tests", []), spec.get("entry_point", ""), spec.get("setup", "")
     names = [entry] if entry else called_names(tests)
-    code, given = _extract_code(text, names), {"tests": tests}
+    continues = entry and not _FENCE.search(text) and _has_body(setup.rstrip("\n") + "\n" + text, entry)
+    code, given = text if continues else _extract_code(text, names), {"tests": tests}
     if not code.strip(): return Verdict(False, "no answer: there is no code", fault="cut off" if cut else "wrong")
     if entry: code, given = _complete_code(code, setup, entry), {"test": spec["test"], "entry_point": entry}
     finished = not cut or _finished(text, code, names)
     if cut and not _parsed(code):
         code = _whole_part(code)
         finished = _defines(code, names) and _parsed(code) is not None
-    verdict = run_python(_without_demo(code), given | {"setup": setup}, timeout=timeout, memory_mb=memory_mb)
+    code = _without_demo(_future_first(code))
+    verdict = run_python(code, given | {"setup": setup}, timeout=timeout, memory_mb=memory_mb)
     return verdict if verdict.passed or finished else replace(verdict, fault="cut off")
 
 # %% ../../nbs/source/checks/06_code_answers.ipynb #7c7d0d3c

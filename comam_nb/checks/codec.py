@@ -80,6 +80,8 @@ def _encode_enum(
 )->list:
     "An enumeration by its name, its kind and its members."
     kind = next(c.__name__ for c in cls.__mro__ if c.__module__ == "enum")
+    mixed = "StrEnum" if issubclass(cls, str) else "IntEnum" if issubclass(cls, int) else "Enum" # class C(str, Enum)
+    if kind in ("Enum", "ReprEnum"): kind = mixed
     return ["E", cls.__name__, kind, [[name, _encode(m.value, line)] for name, m in cls.__members__.items()]]
 
 # %% ../../nbs/source/checks/02_codec.ipynb #81966741

@@ -35,8 +35,8 @@ def _read_line(
 _HANDLE = '''
 class Refused(BaseException): "The candidate lost its case; no test can catch this by accident."
 
-class Handle:
-    "Stands for an object in the other room: what is done with it is done there."
+class Handle: # stands for an object in the other room: what is done with it is done there
+    __doc__ = property(lambda self: self._line.questions.attribute(self, "__doc__"))
     __slots__ = "_line", "_number", "_kind", "_whose"
     def __init__(self, line, number, kind): self._line, self._number, self._kind, self._whose = line, number, kind, ""
     def __call__(self, *args, **kw): return self._line.questions.call(self, args, kw)
@@ -45,7 +45,12 @@ class Handle:
         if name in Handle.__slots__: object.__setattr__(self, name, value)
         else: self._line.ask("set", self._number, name, self._line.out(value))
     def __contains__(self, item): return self._line.questions.holds(self, item)
-    def __hash__(self): return object.__hash__(self)
+    def __hash__(self):
+        self._line.hashed.add(self._kind)
+        return object.__hash__(self)
+    def __aiter__(self): self._line.limit("an asynchronous iterator")
+    def __aenter__(self): self._line.limit("an asynchronous context")
+    __aexit__ = __aenter__
 
 ARITHMETIC = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
 COMPARISONS = "eq ne lt le gt ge".split()
@@ -55,7 +60,7 @@ def stand_in(name):
     def method(self, *args): return self._line.questions.do(self, name, args)
     return method
 for name in [*ARITHMETIC, *("r" + n for n in ARITHMETIC), *COMPARISONS, *"""len bool str repr int float index abs neg
-             pos invert round iter reversed next getitem setitem delitem enter exit instancecheck""".split()]:
+             pos invert round iter reversed next format getitem setitem delitem enter exit instancecheck""".split()]:
     setattr(Handle, f"__{name}__", stand_in(name))
 
 def operate(name, x, *args):
@@ -63,7 +68,7 @@ def operate(name, x, *args):
     import operator
     if name == "contains": return args[0] in x
     if name == "instancecheck": return isinstance(args[0], x)
-    if name in ("iter", "reversed", "next", "len", "bool", "str", "repr", "int", "float", "abs", "round"):
+    if name in ("iter", "reversed", "next", "len", "bool", "str", "repr", "int", "float", "abs", "round", "format"):
         return getattr(builtins, name)(x, *args)
     if name in ("enter", "exit"): return getattr(type(x), f"__{name}__")(x, *args)
     if name[0] == "r" and name[1:] in ARITHMETIC: return getattr(operator, f"__{name[1:]}__")(args[0], x)
@@ -72,17 +77,25 @@ def operate(name, x, *args):
 
 # %% ../../nbs/source/checks/02_rooms.ipynb #a1c0f7d2
 _WIRE = '''
+def weighs(line):
+    "Whether a message may take its reader long: a large one, or one with a value that is more than it looks."
+    return len(line) > 2**16 or any(w in line for w in (b"range", b"ecimal", b"Pattern", b'"g"', b"\\\\u"))
+
 class Wire:
     "The two pipes of one end: messages, and the nonce that tells an answer from what was written before."
     def __init__(self, read, write, longest):
         self.read, self.write, self.longest = read, write, longest # bytes in a message
+        self.count, self.marks = 0, [] # messages; where to say once that one of them was heavy
     def send(self, *message):
         data = memoryview(json.dumps(message).encode() + b"\\n")
         while data: data = data[os.write(self.write, data):]
     def receive(self):
         "(word, nonce, op or kind, …); raises EOFError when the other room is gone."
-        if line := _read_line(self.read, self.longest): return json.loads(line)
-        raise EOFError
+        line = _read_line(self.read, self.longest)
+        if not line: raise EOFError
+        self.count += 1
+        if self.marks and (self.count > 10**4 or weighs(line)): os.write(self.marks.pop(), b" ")
+        return json.loads(line)
     def question(self, serve, op, *args):
         "[kind, encoded values …]: the answer. What the other room asks meanwhile is served first."
         nonce = os.urandom(8).hex()
@@ -96,12 +109,18 @@ class Wire:
 
 # %% ../../nbs/source/checks/02_rooms.ipynb #d98f7f5d
 _LINE = '''
+def by_hand(e):
+    "Whether a statement `raise` began an exception, and not a call that Python or the system refused."
+    at = e.__traceback__
+    while at and at.tb_next: at = at.tb_next
+    return at is not None and at.tb_frame.f_code.co_code[at.tb_lasti] == __import__("opcode").opmap["RAISE_VARARGS"]
+
 class Line:
     "One end of the connection: asks the other room, answers it, and keeps what stays in this one."
     longest = 16*_MAX_MESSAGE   # bytes in a message
     def __init__(self, read, write):
         self.wire, self.questions = Wire(read, write, self.longest), Questions(self)
-        self.objects, self.numbers, self.errors = [], {}, {}
+        self.objects, self.numbers, self.errors, self.hashed = [], {}, {}, set()
     def exchange(self, op, *args):
         "The answer to a question: what kind it is, and values."
         kind, *values = self.wire.question(self.serve, op, *args)
@@ -115,7 +134,7 @@ class Line:
         "Do what was asked for, and answer."
         try: reply = ["value", *self.perform(op, *args)]
         except Refused: raise
-        except BaseException as e: reply = ["error", ["x", *_encode_error(e, self)]]
+        except BaseException as e: reply = ["error", ["x", *_encode_error(e, self)], *[True]*by_hand(e)]
         try: self.wire.send("answer", nonce, *reply)
         except (RecursionError, ValueError) as e:
             self.wire.send("answer", nonce, "error", ["x", *_encode_error(e, self)])
@@ -144,6 +163,7 @@ class Line:
         plain = hasattr(type(x), "__next__") and type(x).__module__ in ("builtins", "itertools")
         tag = "g" if plain else "w" if hasattr(type(x), "__await__") else "h"
         return [tag, self.numbers[id(x)], type(x).__name__]
+    def limit(self, reason): raise TypeError(reason)
     def stays(self, x): return False
     def own_kind(self, tag, args): return None
     def handle(self, tag, number, kind):
@@ -174,7 +194,8 @@ def elements(handle):
     size, ended = 1, False
     while not ended:
         items, ended = handle._line.ask("more", handle._number, size)
-        yield from items
+        for item in items:
+            if (yield item) is not None: handle._line.limit("a generator is sent a value")
         size = min(2*size, 1024)
 
 async def result(handle): return handle._line.ask("run", handle._number)
@@ -255,7 +276,8 @@ class CandidatesLine(Line):
         if name not in space: raise NameError(f"name {name!r} is not defined")
         x = space[name]
         whole = callable(x) and not isinstance(x, type) or isinstance(x, enum.EnumMeta) and behaves(x)
-        return [self.keep(x) if whole else self.out(x)]
+        pythons = isinstance(x, type) and x.__module__ == "builtins" and not issubclass(x, BaseException) # f = int
+        return [self.keep(x) if whole or pythons else self.out(x)]
     def stays(self, x):
         "A list, a text or an enumeration of the code's own class with methods is more than its value."
         return type(x).__module__ == "solution" and not isinstance(x, BaseException) and behaves(type(x))
@@ -328,14 +350,14 @@ class JudgesLine(Line):
         except RecursionError: self.lose("protocol: an answer that is nested too deeply")
         except Exception as e: self.lose(f"protocol: {type(e).__name__}: {str(e)[:80]}")
         if kind not in ("value", "error") or not values: self.lose("protocol: no answer")
-        if kind == "error": values = [self.raised(*values)]
+        if kind == "error": values = [self.raised(*values[:2])]
         return kind, values
-    def raised(self, e):
+    def raised(self, e, by_hand=False):
         "What to raise here for what was raised there: no end of a loop, and nothing that ends the judge."
         if not isinstance(e, BaseException): self.lose("protocol: an error that is none")
         name, ends = type(e).__name__, isinstance(e, (StopIteration, StopAsyncIteration))
         if ends or not isinstance(e, (Exception, SystemExit)): e = RuntimeError(str(e))
-        e.theirs = name
+        e.theirs, e.by_hand = name, by_hand
         return e
     def perform(self, op, number, *args):
         own = type(self.objects[number]).__module__ == "tests"
@@ -370,6 +392,7 @@ class JudgesQuestions(Questions):
     def __init__(self, line):
         super().__init__(line)
         self.calls, self.classes, self.yes_and_no = 0, set(), {} # under test; method -> what it said
+        self.doubt = ""
     def foreign(self, handle):
         "Whether an object is of a class that the tests do not name: then it is a result, and not under test."
         return handle._whose.startswith("foreign") or handle._whose != "named" and handle._kind not in self.classes
@@ -382,8 +405,8 @@ class JudgesQuestions(Questions):
         if whose != "foreign": return self.said(method or "what the code returned", answer)
         what = f"{method} of an object of the code's own was given a value"
         if isinstance(answer, bool): self.line.lose(f"wrong answer: {what}, and says {answer} itself")
-        if type(answer) is not Handle: self.line.limit(what)
-        answer._whose = "told"
+        if type(answer) is Handle: answer._whose = "told"
+        else: self.doubt = what # counts if everything else is right
         return answer
     def attribute(self, handle, name):
         # numpy reads memory where __array_interface__ says; Python itself looks into the class
@@ -393,6 +416,11 @@ class JudgesQuestions(Questions):
         if type(value) is Handle and handle._whose == "told": value._whose = "told"
         elif type(value) is Handle: value._whose = f"{'foreign' if self.foreign(handle) else 'own'}.{name}"
         return value
+    def twin(self, handle, like):
+        "An object of a class that both rooms have from the setup, with what the code's one holds: that class compares."
+        made = object.__new__(type(like))
+        for name in vars(like): object.__setattr__(made, name, self.attribute(handle, name))
+        return made
     def said(self, method, answer):
         "A yes of a method under test counts only where the tests hear a no from it as well."
         if isinstance(answer, bool): self.yes_and_no.setdefault(method, set()).add(answer)
@@ -403,6 +431,8 @@ class JudgesQuestions(Questions):
     def do(self, handle, name, args):
         if name in ("eq", "ne") and args[0] is None: return name == "ne"
         other = type(args[0]) if args else None
+        ours = name in ("eq", "ne") and other.__module__ == "tests" and other.__name__ == handle._kind
+        if ours and getattr(args[0], "__dict__", None): return operate(name, args[0], self.twin(handle, args[0]))
         counts = name.removeprefix("r") in ARITHMETIC and other is not Handle
         refuse(self.line, handle, name, other, self.foreign(handle), counts)
         if name == "instancecheck" and other is not Handle: return False
@@ -440,15 +470,19 @@ def judge(job, tests, ask, answer, verdict):
     with open(tests, "rb") as f: spec = json.loads(f.read())
     line, reason = JudgesLine(answer, ask), ""
     asked = line.questions
+    line.wire.marks.append(verdict)
     try: examine(line, spec)
     except BaseException as e: reason, line.fault = why(e, spec["tests"].splitlines(), line.fault)
     else:
         only_yes = [method for method, answers in asked.yes_and_no.items() if answers == {True}]
         if not asked.calls: reason, line.fault = "the tests never called the code", "judge"
+        elif asked.doubt: reason, line.fault = f"the judge cannot tell: {asked.doubt}", "judge"
         elif only_yes:
             reason, line.fault = f"the judge cannot tell: the tests only hear yes from {only_yes[0][:40]}", "judge"
     reason = line.refused or reason or "passed"
-    if line.fault == "wrong" and (beyond := spec["beyond"] or line.own_objects and spec["identity"]):
+    hashed = line.hashed & asked.classes and "a set of the code's own objects"
+    beyond = spec["beyond"] or line.own_objects and spec["identity"] or hashed
+    if line.fault == "wrong" and beyond:
         reason, line.fault = f"the judge cannot tell: the tests use {beyond}; {reason}", "judge"
     os.write(verdict, json.dumps([reason == "passed", reason, line.fault]).encode())
 
@@ -486,8 +520,10 @@ def why(e, lines, fault):
     text = " ".join(str(e).split())[:300]
     if hasattr(e, "theirs"):
         if e.theirs == "MemoryError": return "memory", "wrong"
-        beyond = "PermissionError", "StopIteration", "StopAsyncIteration"   # a wall; what is not passed on
-        return f"error: {e.theirs[:40]}: {text}", "judge" if e.theirs in beyond else "wrong"
+        wall = e.theirs == "PermissionError" and not e.by_hand
+        not_passed_on = e.theirs in ("StopIteration", "StopAsyncIteration")
+        ends = not_passed_on and any(e.theirs in line for line in lines)
+        return f"error: {e.theirs[:40]}: {text}", "judge" if wall or ends else "wrong"
     if isinstance(e, AssertionError):
         at = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == "<tests>"]
         return "wrong answer: " + (" ".join(lines[at[-1] - 1].split())[:200] if at else text), "wrong"

@@ -155,7 +155,7 @@ def _run_child(
     main = f"print(json.dumps(_keeper(json.load(sys.stdin), {rooms})))"
     folder, (life_r, life_w) = tempfile.mkdtemp(prefix="comam-"), os.pipe()
     packages = job.pop("packages")
-    path = f"sys.path += {_site_packages()!r}\n" if packages else ""
+    path = "sys.argv = ['solution.py']\n" + (f"sys.path += {_site_packages()!r}\n" if packages else "")
     env = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1") if packages else {} # each takes address space
     try:
         with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as secret:
@@ -238,12 +238,13 @@ def _installed(name:str)->bool:
     try: return find_spec(name) is not None
     except (ImportError, ValueError): return False
 
-_BEYOND = re.compile(r"redirect_stdout|sys\.std(?:out|in|err)|\bpatch(?:\.\w+)?\(|\bcapsys\b|random\.seed|\bset_seed\b")
+_BEYOND = re.compile(r"redirect_stdout|sys\.std(?:out|in|err)|\bpatch(?:\.\w+)?\(|\bcapsys\b|random\.seed|\bset_seed\b"
+                     r"|\bopen\(|\btempfile\b|\btmp_path\b|\.write_text\(|__(?:cause|context)__|\bissubclass\(")
 
 def _beyond(text:str)->str: # "" for nothing
-    "What tests reach for that is in the other process: its output, its input, its random numbers."
+    "What tests reach for that is in the other process: its output, its input, its files, its random numbers."
     found = _BEYOND.search(text)
-    return found[0].rstrip("(") if found else ""
+    return found[0].strip("(.") if found else ""
 
 def _asks_identity(text:str)->str: # "" where they do not
     "Whether tests ask if two things are the same object: what comes from the other process is another one."
@@ -304,6 +305,9 @@ def run_python(
     report = _run_child(job, spec, walls)
     if not report: return Verdict(False, "the sandbox itself broke: no report", 0.0, "judge")
     seconds = round(report["seconds"], 4)
+    theirs = report["verdict"].startswith(" ") # what the code answered may take long to look at
+    if report["late"] == "tests" and theirs:
+        return Verdict(False, "timeout: the tests with what the code answered", seconds, "time")
     if report["late"] == "tests": return Verdict(False, "the tests themselves took too long", seconds, "judge")
     if report["late"]: return Verdict(False, "timeout", seconds, "time")
     try: passed, reason, fault = json.loads(report["verdict"])
@@ -311,7 +315,7 @@ def run_python(
         return Verdict(False,
                        f"no verdict: "
                        f"{base64.b64decode(report['err']).decode('utf-8', 'replace')[-200:] or 'the judge stopped'}",
-                       seconds, "judge")
+                       seconds, "wrong" if theirs else "judge")
     if reason.startswith("ended:"): reason += _how_it_ended(report["status"])
     return Verdict(passed is True, reason, seconds, fault)
 

@@ -18,17 +18,23 @@ from ..base.files import text_hash
 if TYPE_CHECKING: from comam_nb.lm.backbone import Backbone # PyTorch is loaded when a local model is
 
 # %% ../../nbs/source/lm/06_chat.ipynb #a2db3765
-def _unquoted(tag): return "".join(rf"(?!(?<={q}){tag}{q})" for q in "`'\"") + tag # not in quotes of one kind
+def _unquoted(tag): # not in quotes of one kind; a fence of three is no quote
+    return "".join(rf"(?!(?<={q})(?<!{q}{q}){tag}{q})" for q in "`'\"") + tag
 
-_OPEN = _unquoted(r"(?:<(?:think|thinking|thought)>|\[THINK\])")
-_CLOSE = _unquoted(r"(?:</(?:think|thinking|thought)>|\[/THINK\])")
-_BLOCK, _HEAD = re.compile(rf"{_OPEN}.*?(?:{_CLOSE}|\Z)", re.S), re.compile(rf"\A.*{_CLOSE}", re.S)
+_WORD = "(?:[a-z]+:)?(?:think|thinking|thought|reasoning)"
+_OPEN = _unquoted(rf"(?:<{_WORD}(?:\s[^<>]*)?>|\[THINK\]|◁think▷|<\|begin_of_thought\|>"
+                  r"|<\|channel\|>analysis<\|message\|>)")
+_CLOSE = _unquoted(rf"(?:</{_WORD}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|channel\|>final<\|message\|>)")
+_BLOCK = re.compile(rf"{_OPEN}.*?(?:({_CLOSE})|\Z)", re.S | re.I)
+_HEAD, _END = re.compile(rf"\A.*{_CLOSE}", re.S | re.I), re.compile(rf"(?:\s*{_CLOSE})+\s*\Z", re.I)
 
 def without_thinking(
     text:str, # what a model wrote
 )->str: # what it says; "" if it was cut off while it thought
     "A text without the thinking in it, wherever that begins and ends."
-    rest = _HEAD.sub("", _BLOCK.sub("", text))
+    rest = _BLOCK.sub("", text)
+    if rest != text and _HEAD.sub("", rest).strip() == "": rest = _END.sub("", rest) # a closing tag too many, at the end
+    rest = _HEAD.sub("", rest)
     return text if rest == text else rest.strip()
 
 # %% ../../nbs/source/lm/06_chat.ipynb #a673d80d
