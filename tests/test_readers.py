@@ -524,3 +524,73 @@ def test_odd_json_gives_episodes_or_the_documented_error(tmp_path_factory, value
         for read in (read_history, read_chat, read_locomo, read_longmemeval, read_prefeval, read_memoryctrl):
             try: read(path)
             except DataError as e: assert "odd.json" in str(e)
+
+
+# ---- in whatever wraps them
+
+TALK = [dict(role="user", content="I live in Porto."), dict(role="assistant", content="Nice.")]
+PORTO = [("user", "I live in Porto."), ("assistant", "Nice.")]
+OPEN_WEBUI = {"1": dict(id="1", parentId=None, role="user", content="I live in Porto."),
+              "2": dict(id="2", parentId="1", role="assistant", content="Old."),
+              "3": dict(id="3", parentId="1", role="assistant", content="Nice.")}
+
+@pytest.mark.parametrize("value", [
+    dict(conversations=[chat(*TALK)]), dict(data=[chat(*TALK)], total=1), dict(thread=chat(*TALK)), dict(turns=TALK),
+    dict(c1=chat(*TALK)), dict(conversation=chat(*TALK)), dict(messages=json.dumps(TALK)),
+    dict(custom_id="1", body=chat(*TALK)), [dict(conversation=[dict(human="I live in Porto.", assistant="Nice.")])],
+    [dict(id="c", chat=dict(history=dict(messages=OPEN_WEBUI, currentId="3")))],
+    dict(messages=[dict(OPEN_WEBUI["1"], children=[OPEN_WEBUI["2"], OPEN_WEBUI["3"]])]),
+    dict(messages=[*OPEN_WEBUI.values()]),
+    dict(object="list", data=[dict(m, created_at=1741078800 - i) for i, m in enumerate(TALK[::-1])]), # newest first
+    [dict(type="user", message=TALK[0]), dict(type="assistant", message=TALK[1])],
+    chat(*(dict(type=t, content=m["content"]) for t, m in zip(("human", "ai"), TALK))),
+    chat(*(dict(type=t, data=dict(content=m["content"])) for t, m in zip(("human", "ai"), TALK))),
+    dict(text="<|im_start|>user\nI live in Porto.<|im_end|>\n<|im_start|>assistant\nNice.<|im_end|>"),
+])
+def test_conversations_are_found_in_whatever_wraps_them(tmp_path, value):
+    for name in "a.json", "a.txt": assert said(put(tmp_path/name, json.dumps(value))) == PORTO
+
+@pytest.mark.parametrize("mark", [dict(hidden=True), dict(isHidden="true"), dict(visible=False), dict(deleted=True),
+                                  dict(metadata=dict(is_hidden=True)), dict(metadata=dict(visible=False))])
+def test_hidden_in_other_words(tmp_path, mark):
+    assert said(put(tmp_path/"a.json", [chat(dict(role="user", content="Be a pirate.", **mark), *TALK)])) == PORTO
+
+@pytest.mark.parametrize("text", [
+    '<details type="reasoning" done="true">\n<summary>Thought</summary>\n> hm\n</details>\nNice.',
+    "Nice. citeturn0search0",
+    ":::thinking\nhm\n:::\nNice.", '<tool_call>\n{"name": "f"}\n</tool_call>\nNice.',
+    "Nice. citeturn0search0turn1news2"])
+def test_what_an_app_folds_into_a_reply(tmp_path, text):
+    assert said(put(tmp_path/"a.json", [chat(TALK[0], dict(role="assistant", content=text))])) == PORTO
+
+@pytest.mark.parametrize("name", ["user", "user_id", "userId", "object", "metadata"])
+def test_users_under_other_names(tmp_path, name):
+    inside = {"object": ("user", "id"), "metadata": ("metadata", "user_id")}.get(name)
+    who = lambda u: {inside[0]: {inside[1]: u}} if inside else {name: u}
+    for records in [[dict(chat(text_of(r)), **who(u)) for r, u in ((ONE, "ana"), (TWO, "bo"))],
+                    [dict(r["messages"][0], **who(u)) for r, u in ((ONE, "ana"), (TWO, "bo"))]]: # messages, one a line
+        path = put(tmp_path/"a.jsonl", lines(*records))
+        assert [said(path, user=u) for u in ("ana", "bo")] == [[("user", text_of(r))] for r in BOTH]
+
+def test_lines_of_several_sessions_and_people_with_names(tmp_path):
+    rows = [dict(m, session_id=s) for m, s in zip((TALK[0], ONE["messages"][0], TALK[1]), "xyx")]
+    history = read_history(put(tmp_path/"a.jsonl", lines(*rows)))
+    assert [(s.id, len(s.messages)) for s in history] == [("x", 2), ("y", 1)]
+    two = [dict(role="user", content="I row.", name="Ana"), dict(role="user", content="I ski.", name="Bo")]
+    assert said(put(tmp_path/"b.json", [chat(*two)])) == [("user", "Ana: I row."), ("user", "Bo: I ski.")]
+    assert said(put(tmp_path/"c.json", [chat(two[0])])) == [("user", "I row.")]
+
+def test_odd_places_of_benchmarks(tmp_path):
+    turn = lambda who, i, text: dict(speaker=who, dia_id=i, text=text)
+    talk = dict(speaker_a="Ana", speaker_b="Bo", session_2=None, session_3="x", session_1=[
+        turn("ana ", "D1:1", "I row."), None, turn("Zed", "D1:3", "I hum."), dict(speaker="Bo", text="Hi.")])
+    qa = dict(question="What?", answer=["row", 3], evidence=["d1:1", "D1:4"], category="4")
+    good = dict(sample_id=7, conversation=talk, qa=[qa])
+    for value in [None, dict(sample_id="x"), good], dict(data=[good]), good:
+        (e,) = read_locomo(put(tmp_path/"l.json", value))
+        assert (e.user, e.answer, e.evidence, len(e.turns)) == ("7", "row, 3", {1, 2}, 2)
+    assert len({e.user for e in read_locomo(put(tmp_path/"m.json", [good, good]))}) == 2
+    asked = dict(question_id=1, question="Where?", answer=["Faro"], haystack_dates=[], haystack_sessions=[
+        [dict(role="User", content="I live in Faro.", has_answer=1)]])
+    (e,) = read_longmemeval(put(tmp_path/"n.json", dict(data=[asked])))
+    assert (e.id, e.answer, e.evidence) == ("1", "Faro", {1})

@@ -11,19 +11,24 @@ from collections.abc import Collection
 
 # %% ../../nbs/source/base/08_citations.ipynb #9232b084
 _BRACKETS = re.compile(r"(?:(?<![^\S\n])[^\S\n]+)?" # the space before it, in one go
-                       r"(?:(?P<asked>\[[\d,\s]*\])|[\[［【〔〖](?P<square>[^\[\]［］【】〔〕〖〗]{1,200})[\]］】〕〗]"
+                       r"(?:(?P<asked>\\?\[[\d,\s]*\\?\])"
+                       r"|\\?[\[［【〔〖⟦](?P<square>[^\[\]［］【】〔〕〖〗⟦⟧]{1,200})[\]］】〕〗⟧]"
                        r"|[(（](?P<round>[^()（）\s][^()（）\n]{0,80}(?<!\s)|\d)[)）])")
 _CUT_OFF = re.compile(r"[\[［【〔〖](?i:turns?|lines?|facts?|items?)?[\d,;\s#-]*$") # without its end it says nothing
-_KIND = re.compile(r"(?:\b(?:turn|line|fact|item|message|memory|note|source|reference|ref|number|no|nr|id)s?\b[.:]?"
-                   r"|\b[tlmf](?=\d)|第|ターン|턴|[轮輪条條行句号號番]|目)")
-_LISTED = re.compile(r"[\d\s,;&、/#^~〜–—‐−-]*") # what may stand there besides such a word
+_KIND = re.compile(r"(?:(?<![^\W\d_])(?:(?:see|from) )?(?:turn|line|fact|item|message|msg|memory|note|source|reference"
+                   r"|ref|number|no|nr|id|cite|citation|evidence|turno|zeile|ligne|línea|linha|ход|строка)"
+                   r"s?(?![^\W\d_])[.:=]?"
+                   r"|\b[tlmfu](?=\d)|第|ターン|턴|[轮輪条條行句号號番번]|目)")
+_LISTED = re.compile(r"[\d\s,;&+_、/#^~〜–—‐−-]*") # what may stand there besides such a word
 _RANGE = re.compile(r"(\d{1,9})(?:\s*[-–—‐−~〜]\s*#?\s*(\d{1,9}))?")
+_DRESS = re.compile(r" ?(?:\*\*\0\*\*|\*\0\*|`\0`|\[\0\])") # what stands around a bracket for its looks
 _REST = re.compile(r"[^\S\n]*[.,;:!?…。，；！？]*(?:[^\S\n]*[(（\[][\d,\s]*[)）\]][.。]?)*[^\S\n]*(?:\n|\Z)") # of a line
 
 def _named(inside:str, known:Collection[int])->tuple[list[int], bool]: # (numbers, is there a word such as "turn")
     "The lines that a bracket names; none if it is no citation."
     inside = re.sub(r"\bto\b|\.\.+", "-", unicodedata.normalize("NFKC", inside.split("†")[0]).casefold())
-    bare = re.sub(r"\band\b", ",", _KIND.sub(" ", inside))
+    inside = inside.rstrip(" \\.,;") # "[1.]", "\\[1\\]"
+    bare = re.sub(r"\b(?:and|or)\b", ",", _KIND.sub(" ", inside))
     out:list[int] = []
     a_date = re.search(r"\d\s*[-–—/]\s*\d+\s*[-–—/]\s*\d|\d/\d", bare)
     if a_date or not _LISTED.fullmatch(bare): return out, False
@@ -50,6 +55,8 @@ def read_citations(
         numbers.extend(found)
         return "\0"
     rest = _CUT_OFF.sub("", _BRACKETS.sub(read, text))
+    rest = _DRESS.sub("\0", rest)
+    rest = re.sub(r"([.!?…。！？])\0+[.,;:。，；]", r"\1\0", rest) # of two full stops one
     return numbers, re.sub(r"(?<!\0)\0+(?=[.,;:!?…。，；！？])", "", rest).replace("\0", " ") # no space before a full stop
 
 # %% ../../nbs/source/base/08_citations.ipynb #5b7e20c4
@@ -61,5 +68,5 @@ def in_braces(
     "A text whose brackets cite nothing: `[3]` becomes `{3}`."
     def mend(m):
         bare = m[0].strip()
-        return m[0].replace(bare, f"{{{bare[1:-1]}}}") if _cited(m, _LINES) else m[0]
+        return m[0].replace(bare, "{" + re.sub(r"^\\?.|\\?.$", "", bare) + "}") if _cited(m, _LINES) else m[0]
     return _BRACKETS.sub(mend, text)

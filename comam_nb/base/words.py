@@ -6,7 +6,7 @@
 __all__ = ['content_words']
 
 # %% ../../nbs/source/base/07_words.ipynb #94e12f58
-import re
+import re, unicodedata
 from functools import lru_cache
 
 from .unspaced import UNSPACED, script_pieces
@@ -17,12 +17,15 @@ had has have he her his how i if in into is it its just like me more my no not n
 the their them then there these they this to too up us was we were what when which who will with would you your
 s t m ve re ll d""".split())
 
-_WORD = re.compile(rf"[{UNSPACED}]+|[^\W{UNSPACED}]+")
+# signs of vowels are no letters for Python; those of India's scripts stay, those of Hebrew and Arabic few people write
+_WORD = re.compile(rf"[{UNSPACED}]+|(?:[^\W{UNSPACED}]|[\u0900-\u0963\u0971-\u0df3\u0300-\u036f])+")
+_POINTS = re.compile("[\u0591-\u05bd\u05bf\u05c1-\u05c7\u0610-\u061a\u064b-\u065f\u0670]")
 
 @lru_cache(maxsize=4096)
 def content_words(
     text:str, # any text
 )->frozenset[str]: # lower-case words without function words
     "The words of a text that carry content."
-    words = re.findall(r"\w+" if text.isascii() else _WORD, text.lower())
+    if text.isascii(): return frozenset(re.findall(r"\w+", text.lower())) - _STOPWORDS
+    words = re.findall(_WORD, _POINTS.sub("", unicodedata.normalize("NFC", text)).lower())
     return frozenset(p for w in words for p in script_pieces(w, 2) or [w]) - _STOPWORDS

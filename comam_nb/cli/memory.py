@@ -106,7 +106,7 @@ def _read_rows(path)->tuple[list, list]: # items, sessions that were read
     "What `_export` wrote. Raises `CommandError` with the line that is none of it."
     from comam_nb.store.items import MemoryItem
     items, read = [], []
-    try: lines = ordinary_file(path).read_text(encoding="utf-8").splitlines()
+    try: lines = ordinary_file(path).read_text(encoding="utf-8").split("\n") # a text may hold U+2028
     except UnicodeDecodeError: raise CommandError(f"{path} is no text in UTF-8: nothing was imported") from None
     for n, line in enumerate(lines, 1):
         if not line.strip(): continue
@@ -132,7 +132,7 @@ def _apart(store, items, read)->tuple[list, list]: # the same, with turn numbers
     return moved, [(u, mark, first + shift.get(u, 0), n) for u, mark, first, n in read]
 
 def _import(args, store)->None:
-    items, read = _read_rows(args.file)
+    items, read = args.rows
     if args.user: items, read = [i for i in items if i.user == args.user], [r for r in read if r[0] == args.user]
     have = {u: {i.id for i in store.items(u)} for u in {i.user for i in items}}
     new = [i for i in items if i.id not in have[i.user]]
@@ -146,6 +146,7 @@ def _run(args)->int: # exit code
     "`comam memory`."
     from comam_nb.store.items import MemoryStore
     if args.verb == "search" and args.k < 1: raise CommandError(f"-k must be at least 1, not {args.k}")
+    if args.verb == "import": args.rows = _read_rows(args.file) # before a memory is made for it
     does = dict(zip(_VERBS, (_stats, _list, _search, _forget, _export, _import)))[args.verb]
     with MemoryStore(args.memory, create=args.verb == "import") as store: does(args, store)
     return 0

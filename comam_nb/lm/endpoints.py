@@ -84,6 +84,22 @@ def _parts(content)->tuple[str, str]:
 # %% ../../nbs/source/lm/07_endpoints.ipynb #b10cac4d
 _EXCERPT = 2000 # bytes of a strange answer that are looked at: keys are hidden in them before they are cut to a line
 
+_CUT = re.compile(r"length|max.?(?:\w+.)?tokens|token.?limit|context.?window", re.I)
+_BLOCKED = re.compile(r"filter|safety|refus|recitation|block|prohibited|guardrail", re.I)
+
+def _beside(message:dict[str, Any])->str:
+    "Thinking in a field of its own, whatever a server calls it."
+    for name, found in message.items():
+        if not re.search("reason|think", name): continue
+        if isinstance(found, list): found = "".join(str(p.get("text") or "") for p in found if isinstance(p, dict))
+        if isinstance(found, str) and found: return found
+    return ""
+
+def _ending(finish:str, text:str)->str:
+    "Why a reply ended: servers have many words for what is \"length\" and \"refused: …\" here."
+    if _CUT.search(finish): return "length"
+    return f"refused: {finish}" if _BLOCKED.search(finish) and not text.strip() else finish
+
 def _read_reply(
     body:bytes, # what the server sent
     asked:int=0, # characters in the prompt, for servers that do not count tokens
@@ -97,12 +113,14 @@ def _read_reply(
     message = first.get("message") if isinstance(first, dict) else None
     if not isinstance(first, dict) or not isinstance(message, dict):
         raise ValueError(f"no message in {body[:_EXCERPT]!r}")
-    finish, content = str(first.get("finish_reason") or ""), message.get("content")
+    if first.get("error") or first.get("finish_reason") == "error": # of the model's host, behind a gateway
+        raise ValueError(f"an error instead of an answer: {first.get('error') or body[:_EXCERPT]!r}")
+    content = message.get("content")
     if content is None: content = message.get("refusal") or ""
     try: thinking, text = _parts(content)
     except ValueError as e: raise ValueError(f"{e}: {body[:_EXCERPT]!r}") from None
-    beside = message.get("reasoning_content") or message.get("reasoning")
-    if isinstance(beside, str): thinking += beside
+    thinking += _beside(message)
+    finish = _ending(str(first.get("finish_reason") or ""), text)
     if thinking and not text.strip() and finish != "length" and not message.get("tool_calls"):
         thinking, text = "", thinking
     usage = data.get("usage") if isinstance(data.get("usage"), dict) else {}
@@ -115,6 +133,8 @@ def _read_reply(
 
 # %% ../../nbs/source/lm/07_endpoints.ipynb #b97c9671
 _TOO_MUCH = re.compile(r"context.{0,20}(length|window|size)|too (long|many tokens)|maximum.{0,30}tokens"
+                       r"|(?:request|payload|entity) too large|reduce the length|input.{0,20}length"
+                       r"|less than \d+ tokens|max_tokens.{0,40}(?:range|at most)"
                        r"|tokens\W{1,4}(is too large|must be <=)|content.?(filter|management|policy)", re.I)
 _CONTEXT = re.compile(r"maximum context length (?:is|of) (\d+)|context size \((\d+)|tokens\W{1,4}must be <= (\d+)"
                       r"|n_ctx\W{1,4}(\d+)", re.I)
@@ -129,10 +149,15 @@ def _number(pattern, text):
 
 def _room(
     said:str, # a server's complaint
+    asked:int=0, # tokens that were asked for; 0: not known
 )->int|None: # tokens; below 1 if the prompt alone is too long; None if the server does not say
     "How many tokens of the context a prompt leaves for the answer."
     context, prompt = _number(_CONTEXT, said), _number(_PROMPT, said)
-    return None if context is None or prompt is None else context - prompt
+    if context is not None and prompt is not None: return context - prompt
+    numbers = {int(n) for n in re.findall(r"\b\d{1,8}\b", re.sub(r"code\W{1,4}\d+", "", said))} - {asked}
+    fits = [(c, p) for c in numbers for p in numbers if p < c < p + asked] # too much together: context and prompt
+    summed = [(c, p) for c, p in fits if p + asked in numbers and c != p + asked]
+    return next((c - p for c, p in summed or fits), None) if len(summed or fits) == 1 else None
 
 # %% ../../nbs/source/lm/07_endpoints.ipynb #0e8083af
 @dataclass(frozen=True)
@@ -143,7 +168,14 @@ class _Fault:
     wait:float|None=None # seconds that the server asks to wait
     advice:str="check the model's name, the key and the quota" # for a fatal one
 
-def _said(error:Exception)->str: return f"{error} {getattr(error, 'body', None) or ''}"[:4000]
+def _worded(error:Exception)->str:
+    "What an error says, or the server's answer where it says nothing of it."
+    if not re.fullmatch(r"Error code: \d+", str(error)): return str(error)
+    try: return f"{error} - {getattr(error, 'response').text[:_EXCERPT]}".rstrip("- ")
+    except Exception: return str(error) # an answer that was not read to its end
+
+def _said(error:Exception)->str: return f"{_worded(error)} {getattr(error, 'body', None) or ''}"[:4000]
+_IN_500 = re.compile(r"context.{0,20}(length|window|size)|input.{0,20}too long", re.I) # not the server's failure
 
 def _judge(
     error:Exception, # what a request raised
@@ -152,14 +184,14 @@ def _judge(
     status, body = getattr(error, "status_code", None), getattr(error, "body", None)
     details = body if isinstance(body, dict) else {}
     at = error.__cause__ if status is None and error.__cause__ is not None else error # "connection refused", …
-    why = " ".join(f"{type(at).__name__}: {at}"[:2*_EXCERPT].split()) # keys and all: see `_attempt`
+    why = " ".join(f"{type(at).__name__}: {_worded(at)}"[:2*_EXCERPT].split()) # keys and all: see `_attempt`
     if status is None: return _Fault("again", why)
-    if status in (400, 413, 422) and _TOO_MUCH.search(_said(error)):
+    if status == 413 or (status in (400, 422, 500) and (_IN_500 if status == 500 else _TOO_MUCH).search(_said(error))):
         said, asked = _said(error), _number(_ANSWER, _said(error)) or 0
         room, context = _room(said), _number(_CONTEXT, said)
         ours = room > 0 if room is not None else asked >= context if context else bool(_NAMED.search(said))
         return _Fault("fatal", why, advice="lower max_tokens (--max-tokens)") if ours else _Fault("refused", why)
-    if details.get("code") == "insufficient_quota": return _Fault("fatal", why)
+    if "insufficient_quota" in (details.get("code"), details.get("type")): return _Fault("fatal", why)
     if status == 404: return _Fault("fatal", why, advice="check the address and the model's name")
     wait = _retry_after(getattr(error, "response").headers)
     return _Fault("again" if status in (408, 409, 425, 429) or status >= 500 else "fatal", why, wait)
@@ -200,8 +232,11 @@ def _where(url:str)->str: # host:port
 
 # %% ../../nbs/source/lm/07_endpoints.ipynb #6aa3772b
 _REFUSES = re.compile(r"unsupported|not (?:be )?supported|n[o']t support|unknown|unrecogni[sz]ed|unexpected"
-                      r"|not (?:allowed|permitted)|extra (?:inputs|fields)|only the default", re.I)
-_NO_SYSTEM = re.compile(r"system.{0,30}\brole|\brole\W.{0,30}system|roles? must alternate", re.I | re.S)
+                      r"|not (?:allowed|permitted)|extra (?:inputs|fields)|only the default"
+                      r"|deprecated|(?:please|instead).{0,9}use|in place of|use \W?max_completion", re.I)
+_REFUSES_VALUE = re.compile(_REFUSES.pattern + r"|only|must be|valid|no longer|cannot|can't|not available", re.I)
+_NO_SYSTEM = re.compile(r"system.{0,30}\brole|\broles?\W.{0,30}system|roles? must alternate", re.I | re.S)
+_ABOUT_ROLES = re.compile(r"\b(?:system|developer)|\broles?\b|user\W.{0,9}assistant", re.I)
 _FIELDS = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed")
 
 def _quirk(
@@ -211,10 +246,11 @@ def _quirk(
 )->str: # a field, "system", or "" for another complaint
     "What a server will not take."
     if system and _NO_SYSTEM.search(said): return "system"
-    if not _REFUSES.search(said): return ""
-    named = {f: m.start() for f in fields if (m := re.search(rf"\b{re.escape(f)}\b", said))}
+    said = re.sub("(?<=[a-z])(?=[A-Z])", "_", said).lower() # MaxTokens
+    named = {f: m.start() for f in fields if (m := re.search(rf"\b{re.escape(f.lower())}\b", said))}
     first = min(named, key=named.__getitem__, default="") # the one that it complains of; others may be proposals
-    return first if first in _FIELDS else ""
+    words = _REFUSES if first.startswith("max_") else _REFUSES_VALUE # a limit may also be too high
+    return first if first in _FIELDS and words.search(said) else ""
 
 # %% ../../nbs/source/lm/07_endpoints.ipynb #7c469997
 _MAX_BYTES = 16_000_000 # no answer is longer
@@ -257,7 +293,9 @@ class _Server:
             except Exception as e:
                 status, wordless = getattr(e, "status_code", None), not isinstance(getattr(e, "body", None), dict)
                 if status not in (400, 413, 422, 500) or not left: raise
-                room, quirk = _room(_said(e)), _quirk(_said(e), fields, system)
+                room, quirk = _room(_said(e), max_tokens), _quirk(_said(e), fields, system)
+                if not quirk and not room and status in (400, 422) and system and not self.heard:
+                    quirk = "system" if _ABOUT_ROLES.search(_said(e)) else "" # worth a try: only what works is learnt
                 if quirk == "system" or (status == 500 and system and wordless and not self.heard): plain = True
                 elif status == 500: raise
                 elif quirk and quirk not in self.extra: self.learn(quirk)

@@ -9,7 +9,9 @@ __all__ = ['read_history', 'cloze_queries', 'read_chat']
 import logging, math, random, re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ _UNSAID = frozenset("""thoughts thinking redacted_thinking think reasoning reaso
 tool_result function_call function_call_output custom_tool_call custom_tool_call_output mcp_tool_use mcp_tool_result
 server_tool_use web_search_call web_search_tool_result code_execution_result executable_code executable_output
 execution_output computer_call computer_output system_error tether_browsing_display tether_quote user_editable_context
-model_editable_context""".split())
+model_editable_context sonic_webpage citable_code_output""".split())
 _MEDIA = re.compile("(?:input_|output_)?(?:image|audio|video|file)(?:_url|_asset_pointer)?") # may have a transcript
 
 def _part_kind(content:Any)->str:
@@ -41,7 +43,7 @@ def _spoken(
     if isinstance(content, str): return content
     if depth > 4 or _part_kind(content) in _UNSAID: return ""
     if isinstance(content, list): return "\n".join(t for p in content if (t := _spoken(p, depth + 1)))
-    if not isinstance(content, dict): return ""
+    if not isinstance(content, dict) or content.get("thought") is True: return "" # Gemini's thinking
     fields:tuple[str, ...] = ("parts", "text", "value", "refusal", "transcript", "content")
     if _MEDIA.fullmatch(_part_kind(content)): fields = ("transcript",)
     return next(filter(None, (_spoken(content.get(f), depth + 1) for f in fields)), "")
@@ -50,7 +52,11 @@ def _spoken(
 _BLANKS = r"(?:(?<![ \t])[ \t]+)?" # a run in one go, from its beginning
 _MARKS = re.compile(rf"({_BLANKS})\ue200([^\ue200\ue201]*)(?:\ue201|\Z)"
                     rf"|{_BLANKS}【(?=[^【】]*(?:†|oaicite))[^【】]*】"
-                    rf"|{_BLANKS}:contentReference\[oaicite:[^\]\n]{{0,200}}\](?:\{{[^}}\n]{{0,200}}\}})?")
+                    rf"|{_BLANKS}:contentReference\[oaicite:[^\]\n]{{0,200}}\](?:\{{[^}}\n]{{0,200}}\}})?"
+                    rf"|{_BLANKS}cite(?:turn\d+[a-z]+\d+)+") # copied without the private characters
+_NOISE = " \t\r\n\u200b\u200c\u200d\u2060\ufeff" # nothing that one sees
+_UNSEEN = re.compile(r'<details type="(?:reasoning|tool_calls|code_interpreter)".*?(?:</details>|\Z)'
+                     r"|^:::thinking\n.*?(?:^:::$|\Z)|<tool_call>.*?(?:</tool_call>|\Z)", re.S | re.M)
 
 def _shown(mark:re.Match)->str:
     "What the app shows in the place of a mark, with the blank before it."
@@ -63,21 +69,28 @@ def _shown(mark:re.Match)->str:
 
 def _readable(text:str)->str:
     "A text as it was shown: without marks of sources."
-    return re.sub("[\ue200-\ue20f]", "", _MARKS.sub(_shown, clean_text(text))).strip()
+    text = re.sub("[\ue200-\ue20f]", "", _MARKS.sub(_shown, clean_text(text))).strip()
+    return text if text.strip(_NOISE) else ""
 
 # %% ../../nbs/source/readers/04_chat_logs.ipynb #33ab814c
-_TIMES = ("date", "timestamp", "create_time", "created_at", "createdAt", "created", "sent_at", "datetime", "time", "ts")
+_TIMES = ("date", "timestamp", "create_time", "created_at", "createdAt", "created", "sent_at", "datetime", "time", "ts",
+          "inserted_at", "update_time", "updated_at", "updatedAt")
 
 def _moment(
     value:Any, # seconds, milliseconds, … since 1970, or a date as text
 )->datetime|None: # with a time zone; UTC if the text has none
     "A time, if it is one."
     if isinstance(value, datetime): return value if value.tzinfo else value.replace(tzinfo=timezone.utc)
+    if isinstance(value, dict): # MongoDB's {"$date": …}
+        value = value.get("$date", value.get("$numberLong"))
+        return None if value is None else _moment(value)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)): return None
     if isinstance(value, str):
         try: # 2024-05-01T10:00:00Z, 2024/05/01
             return _moment(datetime.fromisoformat(re.sub(r"^(\d{4})/(\d{1,2})/", r"\1-\2-", value.strip())))
         except ValueError: pass
+        try: return _moment(parsedate_to_datetime(value)) # Wed, 01 May 2024 10:00:00 GMT
+        except (ValueError, TypeError, IndexError, OverflowError): pass
     try:
         units = (float(value) / u for u in (1, 1e3, 1e6, 1e9)) # seconds, milli-, micro- or nanoseconds
         seconds = next((s for s in units if 1e8 <= s < 1e11), None) # 1973 to 5138
@@ -95,10 +108,15 @@ def _time_of(
 _ROLE_NAMES = {
     **{n: "user" for n in ("user", "human", "prompter")},
     **{n: "system" for n in ("system", "developer")},
-    **{n: "assistant" for n in "assistant gpt chatgpt bot model ai bing bard gemini claude".split()},
+    **{n: "assistant" for n in ("assistant gpt chatgpt bot chatbot model ai llm agent bing bard gemini claude "
+                                  "copilot grok llama mistral deepseek qwen").split()},
     **{n: "tool" for n in ("tool", "function", "function_call", "observation", "ipython")}}
 _FIELDS = (("role", "content"), ("from", "value"), ("sender", "text"))
-_NOT_SPEECH = {"tool": "tool message", "hidden": "hidden message", "thinking": "thinking"}
+_WRAPS = ("message", "payload", "data") # of a log of events: the message lies in one of them
+_NOT_SPEECH = {"tool": "tool message", "hidden": "hidden message", "thinking": "thinking",
+               "failed": "message of an error"}
+_HIDDEN = {"isvisuallyhiddenfromconversation": True, "isusersystemmessage": True, "ishidden": True, "hidden": True,
+           "ismeta": True, "deleted": True, "isdeleted": True, "visible": False, "isvisible": False}
 
 # %% ../../nbs/source/readers/04_chat_logs.ipynb #59703c8b
 def _not_speech(
@@ -107,33 +125,47 @@ def _not_speech(
 )->str: # a key of _NOT_SPEECH; "" for what was said
     "Why a message was not said to the other."
     metadata, content = record.get("metadata"), record.get("content")
-    hidden = ("is_visually_hidden_from_conversation", "is_user_system_message", "is_hidden", "hidden")
-    if isinstance(metadata, dict) and any(metadata.get(k) is True for k in hidden): return "hidden"
+    flags = [*record.items(), *(metadata.items() if isinstance(metadata, dict) else ())]
+    told = ((_HIDDEN.get(re.sub(r"\W|_", "", k).lower()), v) for k, v in flags if isinstance(v, (bool, str)))
+    if any(str(v).lower() == str(hides).lower() for hides, v in told): return "hidden"
+    if role == "assistant" and record.get("error") is True: return "failed"
     to = record.get("recipient")
     if role == "tool" or (role == "assistant" and to not in (None, "", "all", "user")): return "tool"
     if record.get("channel") == "analysis" or _part_kind(content) in _UNSAID: return "thinking"
     return ""
+
+def _plain(record:Any, where:str)->dict[str, Any]:
+    "A message with its role in a field of its own, taken out of what it is wrapped in. Raises `DataError`."
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected a message with role and content, found {type(record).__name__}.")
+    inner = next((record[k] for k in _WRAPS if isinstance(record.get(k), dict)), None)
+    if inner is not None and not record.get("role"): record = {**record, **inner}
+    if isinstance(record.get("author"), dict): return dict(record, role=record["author"].get("role"))
+    if isinstance(own := record.get("isCreatedByUser"), bool): # LibreChat, whose sender is the model's name
+        return dict(record, role="user" if own else "assistant")
+    kind = _part_kind(record) # LangChain has the role there
+    if not any(record.get(k) for k, _ in _FIELDS) and kind in _ROLE_NAMES: return dict(record, role=kind)
+    return record
 
 def _chat_message(
     record:Any, # {role, content}, {from, value}, {sender, text}, or a message of ChatGPT's export
     where:str, # named in errors
 )->tuple[str, str]: # (role or a key of _NOT_SPEECH, text; "" if there is none)
     "One message in any of the forms above. Raises `DataError`."
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected a message with role and content, found {type(record).__name__}.")
-    if isinstance(record.get("author"), dict): record = dict(record, role=record["author"].get("role"))
-    elif isinstance(own := record.get("isCreatedByUser"), bool): # LibreChat, whose sender is the model's name
-        record = dict(record, role="user" if own else "assistant")
+    record = _plain(record, where)
+    if not any(record.get(k) for k, _ in _FIELDS) and (kind := _part_kind(record)) in _UNSAID: # of a list of items
+        return "thinking" if re.search("think|thought|reason", kind) else "tool", ""
     named, field = next((f for f in _FIELDS if record.get(f[0]) is not None), _FIELDS[0])
     name = get_field(record, named, str, where)
-    role = _ROLE_NAMES.get(re.split(r"[\s:=,(\d.-]", name.strip().lower())[0]) # "user name=Ana" of ChatML, "GPT-4"
+    role = _ROLE_NAMES.get(re.split(r"[\s:=,(\d._-]", name.strip().lower())[0]) # "user name=Ana" of ChatML, "GPT-4"
     if role is None: raise DataError(f"{where}: unknown role {name!r}. Use one of user, assistant, system.")
     if why := _not_speech(record, role): return why, ""
     fields = [f for f in (field, "content", "text", "value", "parts") if record.get(f)]
     if fields: get_field(record, fields[0], (str, list, dict), where)
     said = (_spoken(record[f]) for f in [*fields, *(f for f in ("refusal", "audio") if f in record)])
     text = _readable(next(filter(None, said), ""))
-    if role == "assistant": text = without_thinking(text)
+    if role == "assistant": text = without_thinking(_UNSEEN.sub("", text)).strip()
+    if role == "user" and re.fullmatch(r"<tool_response>.*</tool_response>", text, re.S): return "tool", ""
     called = record.get("tool_calls") or record.get("function_call")
     if not text and called: return "tool", ""
     known = {field, "content", "text", "value", "parts", "refusal", "audio", "reasoning_content", "reasoning"}
@@ -168,10 +200,58 @@ def _chatgpt_branch(
     if node is not None: repaired["conversation whose first messages are lost"] += 1
     return [m for m in reversed(out) if isinstance(m, dict)]
 
+# %% ../../nbs/source/readers/04_chat_logs.ipynb #65a92e3b
+def _chatml(
+    text:str, # the whole of it
+    path:str|Path, # named in errors
+)->list[tuple[str, dict[str, str]]]: # one record: (place, message record) for each message
+    "Plain ChatML text as messages. Raises `DataError`."
+    pattern = r"<\|im_start\|>([^\n<]*)(?:\n|<\|im_sep\|>)(.*?)(?=<\|im_end\|>|<\|im_start\|>|\Z)"
+    out, line, seen = [], 1, 0
+    for m in re.finditer(pattern, text, flags=re.DOTALL):
+        line, seen = line + text.count("\n", seen, m.start()), m.start()
+        out.append((f"{path}, line {line}", dict(role=m[1].strip(), content=m[2])))
+    if not out: raise DataError(f"{path}, line 1: no <|im_start|> in it. Give ChatML text, a .json or a .jsonl file.")
+    return out
+
 # %% ../../nbs/source/readers/04_chat_logs.ipynb #72e4865c
 _Part = tuple[str, str, datetime|None, list[tuple[str, Any]]] # id, date, time, [(place, message record), …]
+_ID = ("messageId", "id", "uuid")
+_PARENT = ("parentMessageId", "parentId", "parent_id", "parentUuid")
+def _first(record:dict[str, Any], names:Iterable[str])->Any:
+    "The first field that is a text or a number; None if there is none."
+    return next((record[n] for n in names if isinstance(record.get(n), (str, int)) and record[n] != ""), None)
+
+def _as_tree(messages:Any)->dict[str, Any]: # for `_chatgpt_branch`
+    "Messages that name what they answer."
+    nodes:dict[str, Any] = {}
+    todo = [(m, None) for m in (messages.values() if isinstance(messages, dict) else messages)]
+    for m, above in todo: # children join the list
+        if not isinstance(m, dict): continue
+        id, parent = str(_first(m, _ID) or len(nodes)), _first(m, _PARENT)
+        nodes[id] = dict(parent=above if above is not None else None if parent is None else str(parent), message=m)
+        children = m.get("children")
+        todo += [(c, id) for c in (children if isinstance(children, list) else ())]
+    for n in nodes.values(): n["parent"] = n["parent"] if n["parent"] in nodes else None
+    return nodes
+
+def _branches(messages:Any)->bool:
+    "Do messages stand in a tree, so that not all of them are one talk?"
+    if isinstance(messages, dict): return bool(messages)
+    records = [m for m in messages if isinstance(m, dict)]
+    below = (m["children"] for m in records if isinstance(m.get("children"), list))
+    if any(isinstance(c, dict) for children in below for c in children): return True
+    parents = [p for m in records if (p := _first(m, _PARENT)) is not None]
+    return len(parents) > len(set(parents)) # two answers to one message
+
+def _pairs(m:Any)->list[Any]: # messages
+    "{human: …, assistant: …} is two messages."
+    if not isinstance(m, dict) or not m or any(k not in _ROLE_NAMES for k in m): return [m]
+    return [dict(role=k, content=v) for k, v in m.items()]
+
 _MESSAGES = ("messages", "conversations", "conversation", "chat_messages", "contents")
 
+_SESSION = ("session", "session_id", "sessionId", "conversation_id", "conversationId", "thread_id", "chat_id")
 def _chat_session(
     record:dict[str, Any], # what surrounds the messages
     messages:list[tuple[str, Any]], # (place, message record)
@@ -179,14 +259,18 @@ def _chat_session(
 )->_Part:
     "One session with its time."
     time, times = _time_of(record), [_time_of(m) for _, m in messages if isinstance(m, dict)]
-    known = sorted(t for t in times if isinstance(t, datetime))
+    known = [t for t in times if isinstance(t, datetime)]
+    if 1 < len(known) == len(messages) and known[0] > known[-1] and known == sorted(known, reverse=True):
+        messages = messages[::-1] # as OpenAI's API lists them
+        repaired["conversation with its newest message first"] += 1
+    known.sort()
     if odd := sum(isinstance(t, str) for t in times): repaired["time of a message not understood"] += odd
     if isinstance(time, datetime): known = [time]
     told = record.get("date") if isinstance(record.get("date"), str) else time
     if isinstance(told, str) and not re.fullmatch(r"\s*[\d.]*\s*", told): date = told # as the source writes it
     elif known: date = " to ".join(dict.fromkeys(t.strftime("%Y-%m-%d") for t in (known[0], known[-1])))
     else: date = next(map(str, filter(None, times)), "")
-    ids = (record.get(k) for k in ("session", "id", "uuid"))
+    ids = (record.get(k) for k in (*_SESSION, "id", "uuid"))
     id = next((str(i) for i in ids if i and isinstance(i, (str, int))), "")
     return clean_text(id), clean_text(date), known[0] if known else None, messages
 
@@ -197,9 +281,14 @@ def _chat_sessions(
 )->list[_Part]:
     "The sessions of one record. Raises `DataError`."
     def session(around, messages, at):
-        if not isinstance(messages, list):
+        if isinstance(messages, str) and messages.lstrip()[:1] == "[": messages = parse_json(messages, at) # of a table
+        if not isinstance(messages, list) and not (isinstance(messages, dict) and messages):
             raise DataError(f"{at}: expected a list of messages, found {type(messages).__name__}.")
-        placed = [(f"{at}, message {i}", m) for i, m in enumerate(messages, 1)]
+        if _branches(messages):
+            tree = dict(mapping=_as_tree(messages), current_node=around.get("currentId"))
+            messages = _chatgpt_branch(tree, at, report.repaired)
+        each = [x for m in messages for x in _pairs(m)]
+        placed = [(f"{at}, message {i}", m) for i, m in enumerate(each, 1)]
         return _chat_session(around, placed, report.repaired)
     if isinstance(record, list):
         if not record or not all(isinstance(m, list) for m in record): return [session({}, record, where)]
@@ -216,23 +305,11 @@ def _chat_sessions(
         return [session(record, _chatgpt_branch(record, where, report.repaired), where)]
     for name in _MESSAGES:
         if record.get(name) is not None: return [session(record, record[name], where)]
+    if isinstance(text := record.get("text"), str) and "<|im_start|>" in text:
+        return [_chat_session(record, _chatml(text, where), report.repaired)]
     if record.get("queries") is not None: return []
     raise DataError(f"{where}: no messages found. Give 'messages', 'conversations' or 'sessions'; the fields found "
                     f"are {sorted(map(str, record))}.")
-
-# %% ../../nbs/source/readers/04_chat_logs.ipynb #65a92e3b
-def _chatml(
-    path:str|Path, # a text file
-)->list[tuple[str, dict[str, str]]]: # one record: (place, message record) for each message
-    "Plain ChatML text as messages. Raises `DataError`."
-    text = "".join(t for _, t in numbered_lines(path))
-    pattern = r"<\|im_start\|>([^\n<]*)(?:\n|<\|im_sep\|>)(.*?)(?=<\|im_end\|>|<\|im_start\|>|\Z)"
-    out, line, seen = [], 1, 0
-    for m in re.finditer(pattern, text, flags=re.DOTALL):
-        line, seen = line + text.count("\n", seen, m.start()), m.start()
-        out.append((f"{path}, line {line}", dict(role=m[1].strip(), content=m[2])))
-    if not out: raise DataError(f"{path}, line 1: no <|im_start|> in it. Give ChatML text, a .json or a .jsonl file.")
-    return out
 
 # %% ../../nbs/source/readers/04_chat_logs.ipynb #43d11454
 def _is_conversation(value:Any)->bool:
@@ -242,8 +319,44 @@ def _is_conversation(value:Any)->bool:
 
 def _is_message(value:Any)->bool:
     "Is a value a message, or something like one?"
-    fields = ("author", *(named for named, _ in _FIELDS))
-    return isinstance(value, dict) and not _is_conversation(value) and any(value.get(f) for f in fields)
+    def named(v): return any(v.get(f) for f in ("author", *(name for name, _ in _FIELDS))) or (
+        _part_kind(v) in _ROLE_NAMES and "content" in v)
+    if not isinstance(value, dict) or _is_conversation(value): return False
+    return named(value) or any(isinstance(value.get(k), dict) and named(value[k]) for k in _WRAPS) or (
+        _part_kind(value) in _ROLE_NAMES and isinstance(value.get("data"), dict))
+
+_DEEPEST = 4 # levels of wrapping
+def _holds(value:Any, depth:int=0)->bool:
+    "Is a conversation somewhere in a value?"
+    if depth > _DEEPEST or not isinstance(value, (list, dict)): return False
+    if isinstance(value, list): return any(_is_message(v) or _holds(v, depth + 1) for v in value)
+    return _is_conversation(value) or (not _is_message(value) and any(_holds(v, depth + 1) for v in value.values()))
+
+def _own(record:dict[str, Any])->bool:
+    "Are the messages of a conversation its own, and not those of others that it holds?"
+    for name in _MESSAGES:
+        if (v := record.get(name)) is None: continue
+        inside = list(v.values()) if isinstance(v, dict) else v if isinstance(v, list) else []
+        return not (isinstance(v, dict) and _is_conversation(v)) and not any(map(_is_conversation, inside))
+    return _is_conversation(record)
+
+def _unwrapped(
+    where:str,
+    value:Any, # of a chat log
+    depth:int=0, # of wrapping
+)->list[tuple[str, Any]]: # (place, conversation, or whatever else it was)
+    "The conversations in whatever holds them, each with the fields that stand around it."
+    if not isinstance(value, dict) or depth > _DEEPEST or _own(value): return [(where, value)]
+    held = {k: v for k, v in value.items() if _holds(v)}
+    around, out = {k: v for k, v in value.items() if k not in held}, list[tuple[str, Any]]()
+    for name, v in held.items():
+        if isinstance(v, dict): out += _unwrapped(f"{where}, {name}", {**around, **v}, depth + 1)
+        elif any(map(_is_message, v)): out.append((where, {**around, "messages": v}))
+        else:
+            for i, c in enumerate(v, 1):
+                one = {**around, **c} if isinstance(c, dict) else c
+                out += _unwrapped(f"{where}, {name} {i}", one, depth + 1)
+    return out or [(where, value)]
 
 def _chat_values(
     path:str|Path, # .json, .jsonl or a hub name
@@ -256,9 +369,38 @@ def _chat_values(
     alone = len(values) == 1
     held = lambda v: isinstance(v, list) and (alone or any(map(_is_conversation, v)))
     return [x for w, v in values
-            for x in ([(f"{w}, element {i}", e) for i, e in enumerate(v, 1)] if held(v) else [(w, v)])]
+            for y in ([(f"{w}, element {i}", e) for i, e in enumerate(v, 1)] if held(v) else [(w, v)])
+            for x in ([y] if _is_message(y[1]) else _unwrapped(*y))]
 
-_AROUND:dict[str, Any] = {"user": (str, int), "queries": list} # what may stand beside messages, and its type
+def _whose(record:dict[str, Any], where:str)->str: # "" if it does not say
+    "The user of a record. Raises `DataError`."
+    about = record.get("metadata")
+    for around in (record, about if isinstance(about, dict) else {}):
+        for name in ("user", "user_id", "userId"):
+            found = around.get(name)
+            if isinstance(found, dict): found = _first(found, ("id", "name", "email"))
+            if found is not None: return str(get_field({name: found}, name, (str, int), where)).strip()
+    return ""
+
+def _chat_lines(
+    values:list[tuple[str, Any]], # (place, message), one a line
+    report:Episodes, # its counters are updated
+)->list[tuple[str, dict[str, Any], list[_Part]]]: # of (place, record, sessions)
+    "Messages by user and session; one that names neither belongs to those of the line before."
+    groups:dict[tuple[str, str], list[tuple[str, Any]]] = {}
+    user = session = ""
+    for where, m in values:
+        if isinstance(m, dict):
+            user = _whose(m, where) or user
+            session = str(_first(m, _SESSION) or session)
+        groups.setdefault((user, session), []).append((where, m))
+    out = []
+    for (user, session), messages in groups.items():
+        around = dict(user=user) if user else {}
+        part = _chat_session(dict(around, session=session), messages, report.repaired)
+        out.append((messages[0][0], around, [part]))
+    return out
+
 def _chat_records(
     path:str|Path, # .json, .jsonl, .txt (ChatML) or a hub name
     split:str, # the split to take with a hub name
@@ -266,16 +408,20 @@ def _chat_records(
 )->list[tuple[str, dict[str, Any], list[_Part]]]: # of (place, record, sessions)
     "The records of a chat log. Raises `DataError`."
     if Path(path).suffix.lower() in (".txt", ".chatml") and not is_hub_name(path):
-        return [(str(path), {}, [_chat_session({}, _chatml(path), report.repaired)])]
+        text = "".join(t for _, t in numbered_lines(path))
+        if text.lstrip()[:1] not in tuple("[{"):
+            return [(str(path), {}, [_chat_session({}, _chatml(text, path), report.repaired)])]
     values = _chat_values(path, split)
     if not values: raise DataError(f"{path}: the history is empty. Give at least one message.")
     whole = any(_is_conversation(v) or isinstance(v, list) for _, v in values)
     if any(_is_message(v) for _, v in values) and not whole:
-        return [(values[0][0], {}, [_chat_session({}, values, report.repaired)])] # messages, one a line
+        return _chat_lines(values, report)
     out = []
     for where, v in values:
         try:
-            if isinstance(v, dict): [get_field(v, k, kind, where, None) for k, kind in _AROUND.items()]
+            if isinstance(v, dict):
+                get_field(v, "queries", list, where, None)
+                v = {**v, "user": _whose(v, where)}
             out.append((where, v if isinstance(v, dict) else {}, _chat_sessions(v, where, report)))
         except DataError as e: count_odd(report.dropped, "odd conversation", e)
     if not out: raise DataError(f"{path}: nothing in it can be read; left out: {dict(report.dropped)}")
@@ -292,6 +438,13 @@ def _in_order(
         last = time.timestamp() if time else last
         keys.append(last)
     return [sessions[i][1] for i in sorted(range(len(keys)), key=keys.__getitem__)]
+
+def _speaker(record:Any)->str: # "" if it has none
+    "The name that a message gives to who speaks."
+    if not isinstance(record, dict): return ""
+    named = re.search(r"\bname\s*[=:]\s*(.+)", str(record.get("role"))) # "user name=Ana" of ChatML
+    name = named[1] if named else record.get("name")
+    return clean_text(name.strip()) if isinstance(name, str) else ""
 
 def _chat_users(
     path:str|Path, # the chat log
@@ -316,10 +469,13 @@ def _chat_users(
         else: return Message(role, text, id=str(position[user]))
         return None
     for where, record, parts in _chat_records(path, split, report):
-        user = str(get_field(record, "user", (str, int), where, "") or Path(path).stem)
+        user = record.get("user") or Path(path).stem
         mine = sessions.setdefault(user, [])
         for id, date, time, messages in parts:
-            kept = tuple(m for at, r in messages if (m := keep(user, at, r)))
+            told = [(keep(user, at, r), _speaker(r)) for at, r in messages]
+            several = len({name for m, name in told if m and m.role == "user" and name}) > 1
+            kept = tuple(replace(m, content=f"{name}: {m.content}") if several and name and m.role == "user" else m
+                         for m, name in told if m)
             if not messages: dropped["conversation without a message"] += 1
             if kept: mine.append((time, Session(id, kept, date)))
         queries = enumerate(get_field(record, "queries", list, where, []), 1)

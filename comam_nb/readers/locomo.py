@@ -7,35 +7,50 @@ __all__ = ['read_locomo']
 
 # %% ../../nbs/source/readers/03_locomo.ipynb #8198e85f
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from ..base.errors import DataError
-from ..base.fields import error_place, get_field
+from ..base.fields import clean_text, error_place, get_field
 from ..base.values import shown
 from ..data import Episode, Episodes, Message, Query, Session, make_history
-from .reading import count_odd, from_hub, is_hub_name, json_values
+from .reading import answer_text, count_odd, from_hub, is_hub_name, json_records
 
 # %% ../../nbs/source/readers/03_locomo.ipynb #b00bb222
+def _locomo_turn(
+    turn:Any, # speaker, dia_id, text, blip_caption
+    at:str, # named in errors
+    role:dict[str, str], # of a speaker, in small letters
+    id:str, # the turn's, if it has none
+)->Message: # its id is the dia_id, e.g. "D1:3"
+    "One turn. Raises `DataError`."
+    name = get_field(turn, "speaker", str, at).strip()
+    text, caption = (get_field(turn, k, (str, list), at, "") for k in ("text", "blip_caption"))
+    text, caption = (", ".join(map(str, x)) if isinstance(x, list) else x.strip() for x in (text, caption))
+    if name.lower() not in role: raise DataError(f"{at}: speaker {name!r} is neither speaker_a nor speaker_b.")
+    text = " ".join(p for p in (text, f"[image: {caption}]" if caption else "") if p)
+    return Message(role[name.lower()], f"{name}: {text}", id=get_field(turn, "dia_id", str, at, id))
+
 def _locomo_history(
     conversation:dict[str, Any], # speaker_a, speaker_b, session_N, session_N_date_time
     where:str, # named in errors
     roles:tuple[str, str], # roles of speaker_a and speaker_b
-)->tuple[Session, ...]: # Message.id is the dia_id, e.g. "D1:3"
+    odd:Counter, # counts turns that cannot be read
+)->tuple[Session, ...]: # Message.id is the dia_id
     "A LoCoMo conversation as sessions. Raises `DataError`."
-    role = {get_field(conversation, f"speaker_{x}", str, where): r for x, r in zip("ab", roles)}
+    role = {get_field(conversation, f"speaker_{x}", str, where).strip().lower(): r for x, r in zip("ab", roles)}
     out = []
     for n in sorted(int(k[8:]) for k in conversation if re.fullmatch(r"session_\d+", k)):
-        messages = []
-        for i, t in enumerate(get_field(conversation, f"session_{n}", list, where), 1):
-            at = f"{where}, session_{n}, turn {i}"
-            name = get_field(t, "speaker", str, at)
-            text, caption = (get_field(t, k, str, at, "") for k in ("text", "blip_caption"))
-            if name not in role: raise DataError(f"{at}: speaker {name!r} is neither speaker_a nor speaker_b.")
-            text = " ".join(p for p in (text.strip(), f"[image: {caption}]" if caption else "") if p)
-            messages.append(Message(role[name], f"{name}: {text}", id=get_field(t, "dia_id", str, at)))
-        date = get_field(conversation, f"session_{n}_date_time", str, where, "")
-        if messages: out.append(Session(f"s{n}", tuple(messages), date))
+        messages, turns = [], list[Any]()
+        try: turns = get_field(conversation, f"session_{n}", list, where, [])
+        except DataError as e: count_odd(odd, "odd session", e)
+        for i, t in enumerate(turns, 1):
+            try: messages.append(_locomo_turn(t, f"{where}, session_{n}, turn {i}", role, f"D{n}:{i}"))
+            except DataError as e: count_odd(odd, "odd turn", e)
+        date = conversation.get(f"session_{n}_date_time")
+        if messages: out.append(Session(f"s{n}", tuple(messages), clean_text(date) if isinstance(date, str) else ""))
+    if not out: raise DataError(f"{where}: the history is empty. It needs session_1, session_2, …")
     return make_history(out)
 
 # %% ../../nbs/source/readers/03_locomo.ipynb #a7026545
@@ -50,7 +65,7 @@ def _locomo_evidence(
             turns.add(turn_of[raw])
             continue
         text = raw if isinstance(raw, str) else shown(raw)
-        read = [f"D{int(s)}:{int(t)}" for s, t in re.findall(r"D\s*(?::\s*)?(\d{1,9})\s*:\s*(\d{1,9})", text)]
+        read = [f"D{int(s)}:{int(t)}" for s, t in re.findall(r"D\s*(?::\s*)?(\d{1,9})\s*:\s*(\d{1,9})", text, re.I)]
         hits = [turn_of[r] for r in read if r in turn_of]
         turns.update(hits)
         repaired += bool(hits)
@@ -62,6 +77,16 @@ _KINDS = {1: "multi_hop", 2: "temporal", 3: "open_domain", 4: "single_hop", 5: "
 _NO_ANSWER = "no information available"
 
 # %% ../../nbs/source/readers/03_locomo.ipynb #06116c9e
+def _category(
+    qa:Any, # with `category`: 5, 5.0 or "5"
+    where:str, # named in errors
+)->int:
+    "A question's category. Raises `DataError`."
+    written = get_field(qa, "category", (int, float, str), where)
+    if not re.fullmatch(r"\s*\d{1,9}(\.0*)?\s*", str(written)):
+        raise DataError(f"{where}: field 'category' is {shown(written)}. Make it a whole number.")
+    return int(float(written))
+
 def _locomo_episode(
     qa:dict[str, Any], # question, answer, evidence, category
     history:tuple[Session, ...], # the conversation
@@ -70,11 +95,11 @@ def _locomo_episode(
     out:Episodes, # its counters are updated
 )->Episode: # with gold evidence
     "One LoCoMo question as an episode. Raises `DataError`."
-    kind, id = get_field(qa, "category", int, where), f"{user}/{where.rsplit(' ', 1)[-1]}"
-    answer = _NO_ANSWER if kind == 5 else str(get_field(qa, "answer", (str, int, float), where))
-    ids = get_field(qa, "evidence", (list, str), where, [])
-    turn_of = {m.id: m.turn for s in history for m in s.messages}
-    evidence, repaired, lost = _locomo_evidence([ids] if isinstance(ids, str) else ids, turn_of)
+    kind, id = _category(qa, where), f"{user}/{where.rsplit(' ', 1)[-1]}"
+    answer = _NO_ANSWER if kind == 5 else answer_text(qa, where)
+    ids = get_field(qa, "evidence", (list, str, dict), where, [])
+    turn_of = {m.id: m.turn for s in reversed(history) for m in reversed(s.messages)} # of two with one id the first
+    evidence, repaired, lost = _locomo_evidence([ids] if isinstance(ids, str) else list(ids), turn_of)
     meta:dict[str, Any] = {"benchmark": "locomo", "category": kind}
     if lost: meta["evidence_lost"] = lost
     if "adversarial_answer" in qa: meta["adversarial_answer"] = qa["adversarial_answer"]
@@ -102,15 +127,21 @@ def read_locomo(
         raise DataError(f"read_locomo: unknown adversarial {adversarial!r}. Use drop or keep.")
     source, out = str(path), Episodes(source=str(path))
     if is_hub_name(path): path = from_hub(source, file=file, revision=revision)
-    samples = [(w, s) for w, v in json_values(path) for s in (v if isinstance(v, list) else [v])]
-    for i, (where, sample) in enumerate(samples):
-        user = get_field(sample, "sample_id", str, f"{where}, item {i}", f"conversation {i}")
-        where = f"{where}, {user}"
-        history = _locomo_history(get_field(sample, "conversation", dict, where), where, roles)
-        if not history: raise DataError(f"{where}: the history is empty. It needs session_1, session_2, …")
-        for j, qa in enumerate(get_field(sample, "qa", list, where)):
+    seen:Counter[str] = Counter()
+    for i, (where, sample) in enumerate(json_records(path, "conversation")):
+        try:
+            user = str(get_field(sample, "sample_id", (str, int), where, f"conversation {i}"))
+            seen[user] += 1
+            if seen[user] > 1: user = f"{user}#{seen[user]}"
+            where = f"{where}, {user}"
+            history = _locomo_history(get_field(sample, "conversation", dict, where), where, roles, out.dropped)
+            asked = get_field(sample, "qa", list, where)
+        except DataError as e:
+            count_odd(out.dropped, "odd conversation", e)
+            continue
+        for j, qa in enumerate(asked):
             try:
-                if get_field(qa, "category", int, f"{where}, qa {j}") == 5 and adversarial == "drop":
+                if _category(qa, f"{where}, qa {j}") == 5 and adversarial == "drop":
                     out.dropped["adversarial (category 5)"] += 1
                 else: out.append(_locomo_episode(qa, history, user, f"{where}, qa {j}", out))
             except DataError as e: count_odd(out.dropped, "odd question", e)

@@ -13,10 +13,10 @@ from typing import Any
 from ..base.errors import DataError
 from ..base.fields import error_place, get_field
 from ..data import Episode, Episodes, Message, Query, Session, make_history
-from .reading import count_odd, from_hub, is_hub_name, json_values
+from .reading import answer_text, count_odd, from_hub, is_hub_name, json_records
 
 # %% ../../nbs/source/readers/07_longmemeval.ipynb #5386e07e
-_DATE = re.compile(r"\d{4}/\d\d/\d\d( \(\w+\))? \d\d:\d\d")
+_DATE = re.compile(r"\d{4}[/-]\d\d[/-]\d\d")
 
 def _column(
     record:dict[str, Any], # one question
@@ -25,7 +25,7 @@ def _column(
     where:str, # named in errors
 )->list[Any]: # n values
     "A list, or a text that looks like one. Raises `DataError`."
-    values = get_field(record, name, (list, str), where, [""] * n)
+    values = get_field(record, name, (list, str), where, []) or [""] * n
     if isinstance(values, str):
         try: values = ast.literal_eval(values)
         except (ValueError, SyntaxError, RecursionError, MemoryError): values = None
@@ -55,6 +55,7 @@ def _longmemeval_history(
         messages = []
         told = enumerate(contents[i], 1) if isinstance(contents[i], list) else ()
         for j, t in told:
+            if isinstance(t, dict) and isinstance(t.get("role"), str): t = {**t, "role": t["role"].strip().lower()}
             try: m = Message.from_json(t, f"{where}, session {i + 1}, turn {j}")
             except DataError as e:
                 count_odd(out.dropped, "odd message", e)
@@ -62,7 +63,8 @@ def _longmemeval_history(
             name = f"{ids[i]}_{j}"
             if not m.content.strip(): out.dropped["message without text"] += 1
             else: messages.append(Message(m.role, m.content, id=name))
-            if t.get("has_answer") is True and m.content.strip(): gold.add((len(sessions), len(messages)))
+            marked = str(t.get("has_answer")).lower() in ("true", "1")
+            if marked and m.content.strip(): gold.add((len(sessions), len(messages)))
         if not messages: out.dropped["session without messages"] += 1
         else:
             sessions.append(Session(f"s{len(sessions) + 1}", tuple(messages), str(dates[i] or "")))
@@ -78,8 +80,8 @@ def _longmemeval_episode(
     out:Episodes, # its counters are updated
 )->Episode: # gold evidence, or none if no turn is marked
     "One question of LongMemEval as an episode. Raises `DataError`."
-    id, kind, text = (get_field(record, k, str, where) for k in ("question_id", "question_type", "question"))
-    answer = str(get_field(record, "answer", (str, int, float), where))
+    id, text = str(get_field(record, "question_id", (str, int), where)), get_field(record, "question", str, where)
+    kind, answer = get_field(record, "question_type", str, where, ""), answer_text(record, where)
     history, evidence, names = _longmemeval_history(record, where, out)
     asked = get_field(record, "question_date", str, where, "")
     meta:dict[str, Any] = dict(benchmark="longmemeval", abstention=id.endswith("_abs"), question_date=asked,
@@ -99,11 +101,9 @@ def read_longmemeval(
     "LongMemEval (MIT). Open questions with gold evidence and dates. Raises `DataError`."
     source, out = str(path), Episodes(source=str(path))
     if is_hub_name(path): path = from_hub(source, file=file, revision=revision)
-    for place, value in json_values(path):
-        for i, record in enumerate(value if isinstance(value, list) else [value], 1):
-            where = f"{place}, question {i}" if isinstance(value, list) else place
-            try: out.append(_longmemeval_episode(record, where, out))
-            except DataError as e: count_odd(out.dropped, "odd question", e)
+    for where, record in json_records(path, "haystack_sessions", "question"):
+        try: out.append(_longmemeval_episode(record, where, out))
+        except DataError as e: count_odd(out.dropped, "odd question", e)
     if not out:
         raise DataError(f"{source}: no question can be used; left out: {dict(out.dropped)}. Is it a LongMemEval file "
                         "with 'question' and 'haystack_sessions'?")

@@ -46,7 +46,9 @@ def _events(
     "A conversation cut at its side notes. Raises `DataError`."
     found:list[tuple[str|None, list]] = [(None, [])]
     for i, line in enumerate(lines, 1):
-        if not isinstance(line, str): raise DataError(f"{where}, line {i} of the conversation: this is not a text.")
+        if not isinstance(line, str):
+            count_odd(out.dropped, "odd line", DataError(f"{where}, line {i} of the conversation: this is not a text."))
+            continue
         speaker, colon, text = line.partition(":")
         if speaker.strip().lower() in ("side_note", "side note"):
             out.dropped["side note"] += 1
@@ -87,7 +89,8 @@ def _memoryctrl_episode(
     shown = [c for c in _CHOICES if question.get(c) is not None]
     options = [get_field(question, c, str, where) for c in shown]
     if len(options) < 2: raise DataError(f"{where}: it has {len(options)} choices. Give choice_a, choice_b, …")
-    answer = option_letter(get_field(question, "correct_choice", str, where), options, where, "correct_choice")
+    right = get_field(question, "correct_choice", str, where).removeprefix("choice_")
+    answer = option_letter(right, options, where, "correct_choice")
     kind = get_field(question, "qa_family", str, where, "")
     unknown = str(question.get("not_remember_choice") or "").lower()
     meta:dict[str, Any] = dict(benchmark="memoryctrl", topic=question.get("topic"),
@@ -111,7 +114,8 @@ def _memoryctrl_records(
             for i, r in enumerate(value if isinstance(value, list) else [value], 1):
                 where = f"{place}, item {i}" if isinstance(value, list) else place
                 try:
-                    id = get_field(r, "sample_id", str, where)
+                    id = str(get_field(r, "sample_id", (str, int), where))
+                    r = {**r, "sample_id": id}
                     if "conversation" in r: talks[id] = where, r
                     elif "question" in r: questions.append((where, r))
                     else: raise DataError(f"{where}: it has neither a conversation nor a question.")

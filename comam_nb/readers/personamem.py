@@ -63,11 +63,13 @@ def _before(
     return tuple(out)
 
 # %% ../../nbs/source/readers/02_personamem.ipynb #e872527a
+_LONGEST = 2**24 # characters of a field; Python's own limit is 131,072
 def _csv_rows(
     path:str|Path, # a CSV file with a header
     columns:Sequence[str], # columns that must be there
 )->Iterator[tuple[str, dict[str, str]]]: # (place, row)
     "The rows of a CSV file, each with its place. Raises `DataError`."
+    if csv.field_size_limit() < _LONGEST: csv.field_size_limit(_LONGEST)
     reader = csv.DictReader(io.StringIO("".join(t for _, t in numbered_lines(path)), newline=""), strict=True)
     try:
         found = list(reader.fieldnames or ())

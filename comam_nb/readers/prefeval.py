@@ -15,7 +15,7 @@ from ..base.errors import DataError
 from ..base.fields import error_place, get_field
 from ..base.values import parse_json
 from ..data import Episode, Episodes, Query, Session, make_history
-from .reading import count_odd, from_hub, is_hub_name, json_values
+from .reading import count_odd, from_hub, is_hub_name, json_records, json_values
 from .weak_evidence import weak_evidence
 
 # %% ../../nbs/source/readers/08_prefeval.ipynb #485aa32c
@@ -143,8 +143,7 @@ def _home(path:str|Path)->Path:
     return path / "benchmark_dataset" if (path / "benchmark_dataset").is_dir() else path
 
 def _items(file:Path)->list[tuple[str, Any]]: # (place, record)
-    return [(f"{where}, item {i}", r) for where, v in json_values(file)
-            for i, r in enumerate(v if isinstance(v, list) else [v], 1)]
+    return list(json_records(file, "question"))
 
 def _topics(
     path:str|Path, # see `read_prefeval`

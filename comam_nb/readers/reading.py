@@ -80,7 +80,7 @@ def json_values(
     "The JSON values of a file, each with its place. Raises `DataError`."
     suffix, whole = Path(path).suffix.lower(), lambda: "".join(t for _, t in numbered_lines(path))
     if suffix not in (".jsonl", ".ndjson"):
-        text = whole() if suffix in (".json", "") else ""
+        text = whole() if suffix in (".json", "", ".txt", ".log", ".text") else ""
         if suffix == ".json" or text.lstrip()[:1] in tuple("[{"): yield from _parse_all(text, path)
         else: raise DataError(f"{path}: unknown file kind {suffix or 'without suffix'!r}. Give a .json or .jsonl file.")
         return
@@ -96,6 +96,29 @@ def json_values(
             return
         first = False
         yield f"{path}, line {n}", value
+
+# %% ../../nbs/source/readers/01_reading.ipynb #7c0ffee1
+def json_records(
+    path:str|Path, # a .json or .jsonl file of a benchmark
+    needed:str, # a field that its records have
+    label:str="item", # what one is called
+)->Iterator[tuple[str, Any]]: # (place, record)
+    "The records of a file: one a line, in a list, or in a list that lies in an object. Raises `DataError`."
+    for where, value in json_values(path):
+        if isinstance(value, dict) and needed not in value:
+            lists = (v for v in value.values() if isinstance(v, list))
+            value = next((v for v in lists if any(isinstance(r, dict) and needed in r for r in v)), value)
+        if not isinstance(value, list): yield where, value
+        else: yield from ((f"{where}, {label} {i}", r) for i, r in enumerate(value, 1))
+
+def answer_text(
+    record:Any, # with `answer`: a text, a number, or several of them
+    where:str, # named in errors
+)->str: # several with commas between
+    "The right answer of a question. Raises `DataError`."
+    answer = get_field(record, "answer", (str, int, float, list), where)
+    if not isinstance(answer, list): return str(answer)
+    return ", ".join(str(get_field({"answer": a}, "answer", (str, int, float), where)) for a in answer)
 
 # %% ../../nbs/source/readers/01_reading.ipynb #bcc18eca
 def count_odd(
@@ -154,6 +177,10 @@ def parse_options(
                         f"{shown(raw)}.")
     values = [clean_text(v) for v in values]
     labels = [re.match(r"\s*\(([a-z])\)\s*", v) for v in values]
+    if not any(labels): # "(A) …", "a) …", "B. …": only where all of them count up
+        other = [re.match(r"\s*\(?([A-Za-z])[).:]\s+(?=\S)", v) for v in values]
+        if [m and m[1].lower() for m in other] == [chr(97 + i) for i in range(len(values))]:
+            return tuple(v[m.end():] for m, v in zip(other, values) if m)
     if not any(labels): return tuple(values)
     pairs = sorted((m[1], v[m.end():]) for m, v in zip(labels, values) if m)
     if [p[0] for p in pairs] != [chr(97 + i) for i in range(len(values))]:

@@ -29,6 +29,7 @@ def _normalise_answer(
 )->str: # lower case, without punctuation, articles and extra spaces
     "The normalisation of SQuAD's official evaluation (Rajpurkar et al. 2016), for every script."
     text = unicodedata.normalize("NFKC", str(text).translate(_SIGNS)).translate(_SIGNS).casefold()
+    text = text.replace("i\u0307", "i") # of a Turkish capital
     text = re.sub(r"\b(a|an|the)\b", " ", "".join(ch for ch in text if not _is_punctuation(ch)))
     return unicodedata.normalize("NFKC", " ".join(_UNSPACED_CHARACTER.sub(r" \1 ", text).split()))
 

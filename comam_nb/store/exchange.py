@@ -94,7 +94,7 @@ class ImportReport:
 def _read_lines(text:str)->list[tuple[str,object]]: # (where, entry or exception)
     "The entries of a JSONL text."
     rows = []
-    for n, line in enumerate(text.splitlines(), 1):
+    for n, line in enumerate(text.split("\n"), 1):
         if not line.strip(): continue
         try: rows.append((f"line {n}", parse_json(line)))
         except ValueError as e: rows.append((f"line {n}", MemCollabError(f"not JSON: {e}")))
