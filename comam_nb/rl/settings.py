@@ -84,6 +84,7 @@ class CoMAMConfig(GRPOConfig):
     per_device_train_batch_size:int|None = None # rows of a pass; None: an agent's rows / micro_batches_per_agent
     gradient_accumulation_steps:int|None = None # passes of a step; None: what follows from the agents
     beta:float = 0.0 # weight of the KL term of CoMAM Eq. 7-8; Eq. 16 has none
+    use_bias_correction_kl:bool = False # Eq. 8 as it stands; True: times the ratio, for an unbiased gradient
     loss_type:str = "grpo" # mean over a completion's tokens, then over completions
     gradient_checkpointing:bool = False # recompute activations to save memory
     shuffle_dataset:bool = False # rows are ordered by agent
