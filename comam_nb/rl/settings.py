@@ -167,6 +167,8 @@ def _cut(c: CoMAMConfig, world: int) -> int:
         raise CreditError(f"{c.episodes_per_step} episodes per step do not divide over {world} processes: "
                           f"take a multiple of {world}")
     rows, size = share * c.num_generations, c.per_device_train_batch_size
+    if c.micro_batches_per_agent < 1:
+        raise CreditError(f"micro_batches_per_agent={c.micro_batches_per_agent}: take 1, or a divisor of {rows}")
     if size is not None and (size < 1 or rows % size or c.micro_batches_per_agent not in (1, rows // size)):
         raise CreditError(f"per_device_train_batch_size={size}: an agent has {rows} rows a step (episodes x "
                           f"num_generations), in {c.micro_batches_per_agent} passes; take a divisor of {rows}, "
