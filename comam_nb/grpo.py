@@ -20,8 +20,11 @@ def group_advantages(
     ddof:int=1, # 1: unbiased, divides by G - 1, as in TRL; 0: divides by G
 )->Tensor: # [..., G] advantages, mean 0 in every group
     """Rewards normalised within their group (the advantage in CoMAM Eq. 16).
-    Raises `CreditError` for G = 1."""
-    r = torch.as_tensor(rewards)
+    Raises `CreditError` for G = 1, or what is no table of numbers."""
+    try: r = torch.as_tensor(rewards)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise CreditError(f"rewards are no table of numbers ({e}): give one for each "
+                          "rollout") from None
     if not r.is_floating_point(): r = r.float()
     if r.ndim < 1 or r.shape[-1] < 2:
         raise CreditError(f"rewards have shape {list(r.shape)}: a group needs at least "
@@ -38,7 +41,11 @@ def grpo_loss(
     epsilon:float=0.2, # clip range
     level:str="token", # "token", or "sequence": one ratio per completion
 )->Tensor: # scalar loss
-    "The clipped GRPO objective without KL (CoMAM Eq. 16; Shao et al. 2024)."
+    """The clipped GRPO objective without KL (CoMAM Eq. 16; Shao et al. 2024).
+    Raises `CreditError` for another level, or shapes that do not fit."""
+    if level not in ("token", "sequence") or len(advantages) != len(logps):
+        raise CreditError(f"level={level!r} and {len(advantages)} advantages for "
+                          f"{len(logps)} texts: take token or sequence, and one for each")
     mean = lambda x: (x * mask).sum(1) / mask.sum(1).clamp(min=1) # over tokens, [N]
     log_ratio = logps - old_logps
     if level == "sequence": log_ratio = mean(log_ratio)[:, None] # [N, 1]

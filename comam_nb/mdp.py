@@ -208,8 +208,12 @@ def rollout(
 )->list[list[Trajectory]]: # [E][G], rewards not yet computed
     """Roll out a group for each of several episodes, all in step (CoMAM §4.2).
     With `seeds`, an episode's group is the same whatever else is rolled out.
-    A team may bring a process of its own, as `agents.process`."""
+    A team may bring a process of its own, as `agents.process`.
+    Raises `DataError` for no rollouts, or an agent that is missing."""
     process = getattr(agents, "process", MemoryMDP)
+    if G < 1 or (missing := [n for n in process.agents if n not in agents]):
+        what = "G must be 1 or more" if G < 1 else f"there is no agent {missing[0]!r}"
+        raise DataError(f"{what}: G={G}, agents {', '.join(agents) or 'none'}")
     mdps = [process(e, intervene) for e in episodes]
     groups = [[Trajectory(m.episode, final=m.reset()) for _ in range(G)] for m in mdps]
     flat = [(m, t) for m, g in zip(mdps, groups) for t in g]

@@ -102,7 +102,8 @@ def _score(
     value:float, # what a judge returned
 )->float: # in [0, 1]
     "Check that a judge's score is a number between 0 and 1."
-    value = float(value)
+    try: value = float(value)
+    except (TypeError, ValueError): value = float("nan")
     if not -1e-6 <= value <= 1 + 1e-6:
         raise RewardError(f"the judge returned {value}: Eq. 10 needs a number from 0 "
                           "to 1; divide by its scale")

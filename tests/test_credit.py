@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from comam_nb.base.errors import CreditError
 from comam_nb.credit import assign, credit_weights, fixed, integrate, ndcg_consistency, rescaled_consistency
-from comam_nb.grpo import group_advantages
+from comam_nb.grpo import group_advantages, grpo_loss
 
 LOCAL = [[1, .9, 7/15, 0], [.9, .6, .3, 0], [.5, 1, .5, 0]]     # the example episode's four rollouts
 GLOB = [1., 1., 0., 0.]
@@ -143,6 +143,9 @@ def test_ablations():
     (lambda: integrate(LOCAL, GLOB, [1, 1, 1], "eq9"), "eq15, alg1"),
     (lambda: integrate(LOCAL, GLOB, [1, 1]), "one weight per agent"),
     (lambda: ndcg_consistency(LOCAL, [1, 0, float("inf"), 0]), "NaN or infinite"),
+    (lambda: group_advantages("ab"), "no table of numbers"),
+    (lambda: grpo_loss(*torch.zeros(2, 2, 3), torch.ones(2), torch.ones(2, 3), level="sentence"), "token or sequence"),
+    (lambda: grpo_loss(*torch.zeros(2, 2, 3), torch.ones(1), torch.ones(2, 3)), "one for each"),
     (lambda: group_advantages([1.]), "at least 2")])
 def test_errors_say_what_to_do(call, says):
     with pytest.raises(CreditError) as e: call()

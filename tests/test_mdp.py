@@ -170,6 +170,12 @@ class FourSteps(MemoryMDP):
         if state.agent == "reader": return replace(state, step=4, answer=action.answer)
         return super().transition(state, action)
 
+def test_a_rollout_needs_agents_and_rollouts():
+    from comam_nb.rl.evaluation import evaluate
+    for agents, G, says in ((example_agents(), 0, "G must be 1"), ({}, 1, "no agent 'extraction'")):
+        with pytest.raises(DataError, match=says): rollout(agents, [example_episode()], G)
+    with pytest.raises(DataError, match="no episodes"): evaluate(example_agents(), [], None)
+
 def test_a_team_brings_its_process_with_a_fourth_agent():
     from comam_nb.rl.evaluation import evaluate
     from comam_nb.rl.team import Team

@@ -189,6 +189,7 @@ def test_the_judge_is_asked_once_for_all_groups_of_a_step():
 @pytest.mark.parametrize("call, says", [
     (lambda e: _profile_rewards([[Item(text="x")]], [e.history], lambda i, h: 7), "from 0 to 1"),
     (lambda e: _profile_rewards([[Item(text="x")]], [e.history], lambda i, h: float("nan")), "from 0 to 1"),
+    (lambda e: _profile_rewards([[Item(text="x")]], [e.history], lambda i, h: "good"), "from 0 to 1"),
     (lambda e: _profile_rewards([[Item(text="x")]], [e.history], RubricJudge(lambda p: [.5])), "one per prompt"),
     (lambda e: gold_evidence(replace(e, evidence=(), evidence_kind="none")), "weak_evidence")])
 def test_errors_say_what_to_do(call, says):

@@ -103,6 +103,10 @@ def test_paired_sees_what_two_intervals_do_not():
 def test_what_does_not_fit_is_refused(a, b, more, match):
     with pytest.raises(DataError, match=match): paired(a, b, **more)
 
+def test_what_is_no_number_is_refused():
+    with pytest.raises(DataError, match="no table of numbers"): bootstrap(["a"])
+    with pytest.raises(DataError, match="resamples is 0"): bootstrap([1, 2], resamples=0)
+
 
 def test_comparison_table_by_hand():
     table = comparison_table({"a": np.ones(50), "b": np.zeros(50)}, "b").splitlines()
@@ -140,7 +144,8 @@ def test_mcnemar_is_the_sum_of_binomial_tails(gained, lost):
 def test_a_task_votes_once_however_many_seeds():
     once, often = mcnemar([1, 1, 0], [0, 0, 1]), mcnemar([1, 1, 0] * 5, [0, 0, 1] * 5, ["x", "y", "z"] * 5)
     assert once == often == _McNemar(2, 1, 1.0)
-    with pytest.raises(ValueError): mcnemar([1], [1, 0])
+    for args in (([1], [1, 0]), ([1, 0], [0, 1], ["x"])):
+        with pytest.raises(DataError, match="a label for each"): mcnemar(*args)
 
 
 def test_scipy_is_not_loaded_with_the_module():

@@ -12,8 +12,11 @@ from transformers import (Gemma3ForCausalLM, Gemma3TextConfig, Lfm2Config, Llama
                           TrainerCallback, TrainingArguments)
 
 from comam_nb.base.errors import BackboneError, CreditError
+from comam_nb.credit import assign
 from comam_nb.data import example_episode
 from comam_nb.lm.backbone import Backbone
+from comam_nb.lm.lora import without_adapters
+from comam_nb.lm.scoring import token_logprobs
 from comam_nb.mdp import AGENTS
 from comam_nb.rl import scorer as scoring
 from comam_nb.rl.launch import check_run, settle
@@ -214,6 +217,43 @@ def test_a_policy_that_all_share_is_clipped_as_one(tmp_path):
     run(tmp_path, one, **sgd)
     run(tmp_path, other, clip="together", **sgd)
     assert torch.equal(*(weights(t)[AGENTS] for t in (one, other)))
+
+def by_hand(team, groups, lr, updates, beta, epsilon):
+    "CoMAM Alg. 1 with plain SGD, one text at a time: Eq. 7 and 8 for each agent on its own action, after Eq. 13-15."
+    rewards = assign(*wordy(groups)).rewards
+    advantages = (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
+    old = {}
+    for _ in range(updates):
+        for p in (p for ps in team.groups().values() for p in ps): p.grad = None
+        for i, name in enumerate(AGENTS):
+            agent = team[name]
+            for e, g in ((e, g) for e in range(len(groups)) for g in range(len(groups[e]))):
+                t, A = groups[e][g][name], advantages[e, i, g]
+                texts = [t.prompt_ids], [t.action_ids]
+                with torch.no_grad(), without_adapters(agent.policy.model):
+                    reference, _ = token_logprobs(agent.policy, *texts)
+                logps, _ = token_logprobs(agent.policy, *texts, adapter=agent.adapter)
+                ratio = (logps - old.setdefault((i, e, g), logps.detach())).exp()
+                gain = torch.min(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A)
+                off = reference - logps
+                kl = off.exp() - off - 1 # Eq. 8
+                (-(gain - beta * kl).mean() / (len(AGENTS) * len(groups) * len(groups[e]))).backward()
+        with torch.no_grad():
+            for p in (p for ps in team.groups().values() for p in ps): p -= lr * p.grad
+
+@pytest.mark.parametrize("policy, passes", [("adapters", 1), pytest.param("shared", 2, marks=pytest.mark.slow)])
+def test_two_updates_on_one_batch_with_a_kl_term_are_those_by_hand(tmp_path, policy, passes):
+    teams = [team_of(reader(), policy) for _ in range(2)]
+    for team in teams: # away from the reference, and from what both began with
+        torch.manual_seed(1)
+        for i, agent in enumerate(team.values()): agent.prompt = lambda state, i=i: f"3 4 5 6 7 8 9 {i} 2"
+        for p in (p for ps in team.groups().values() for p in ps): p.data += .05 * torch.randn_like(p)
+    start, (team, other) = weights(teams[0]), teams
+    run(tmp_path, team, n=2, max_steps=2, num_iterations=2, beta=.3, optim="sgd", learning_rate=.05, max_grad_norm=1e9,
+        lr_scheduler_type="constant", micro_batches_per_agent=passes)
+    by_hand(other, TEXTS, .05, 2, .3, .2)
+    for names, w in weights(team).items():
+        assert torch.allclose(w, weights(other)[names], atol=1e-6) and (w - start[names]).abs().max() > 1e-3
 
 @pytest.mark.parametrize("policy", ["adapters", "separate"])
 def test_before_and_after_are_measured_alike(tmp_path, policy):

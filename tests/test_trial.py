@@ -99,7 +99,8 @@ def test_two_solvers_that_fail_alike_are_one_witness():
         tries = []
         for task in range(16):
             right, was_right = rng.choice([(True, False), (False, True)])
-            tries += [{"task": str(task), "solver": s, "model": "m", "without": was_right, "with": right} for s in names]
+            found = {"task": str(task), "model": "m", "without": was_right, "with": right}
+            tries += [{**found, "solver": s} for s in names]
             if task % 4 == 3 and _decide(tries, False, .05, 4, 1) == "retired":
                 retired += 1
                 break

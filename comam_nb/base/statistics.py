@@ -45,6 +45,11 @@ def multiplicities(
     return np.bincount(draws.ravel(), minlength=n * resamples).reshape(resamples, n).astype(float)
 
 # %% ../../nbs/source/base/05_statistics.ipynb #7cd1c6b5
+def _numbers(values):
+    try: return np.asarray(values, dtype=float)
+    except (TypeError, ValueError) as e:
+        raise DataError(f"the values are no table of numbers ({e}): give one number for each outcome") from None
+
 def bootstrap(
     values:ArrayLike, # [n] one number per outcome
     resamples:int=2000,
@@ -53,7 +58,8 @@ def bootstrap(
     seeds:Sequence|np.ndarray|None=None, # [n] labels; with two or more, seeds are drawn too
 )->Interval: # percentile interval at 95 %; nan to nan for values of one cluster and one seed
     "Mean with a bootstrap interval over clusters and seeds. Raises `DataError` for no values or labels that misfit."
-    values = np.asarray(values, dtype=float)
+    values = _numbers(values)
+    if resamples < 1: raise DataError(f"resamples is {resamples}: take 1 or more (2000 is the default)")
     if values.ndim != 1 or not values.size: raise DataError(f"no values to average in the shape {values.shape}")
     number = lambda labels: np.unique(np.asarray(labels), return_inverse=True)[1]
     c = np.arange(values.size) if clusters is None else number(clusters)
@@ -83,7 +89,7 @@ def paired(
     seed:int=0, # of the resampling
 )->Interval: # of the mean of a - b
     "Paired bootstrap of a difference. Raises `DataError` if the lengths differ, or as `bootstrap`."
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    a, b = _numbers(a), _numbers(b)
     if a.shape != b.shape:
         raise DataError(f"{a.size} values against {b.size}: a paired comparison needs the same episodes, "
                         "in the same order")
@@ -137,10 +143,13 @@ def mcnemar(
     b:Sequence|np.ndarray, # [n] right or not, under the baseline
     tasks:Sequence|None=None, # [n] labels; a task counts once; None: each outcome is a task
 )->_McNemar:
-    "McNemar's exact test (1947) on tasks that differ; p = 1 if none does. Raises `ValueError` if the lengths differ."
+    "McNemar's exact test (1947) on tasks that differ; p = 1 if none does. Raises `DataError` if the lengths differ."
     from scipy import stats
+    if len(a) != len(b) or (tasks is not None and len(tasks) != len(a)):
+        raise DataError(f"{len(a)} outcomes against {len(b)}, and {'no' if tasks is None else len(tasks)} labels: give "
+                        "the same tasks in the same order, and a label for each")
     net:Counter = Counter() # task -> times gained minus times lost
-    for i, (x, y) in enumerate(zip(a, b, strict=True)): net[i if tasks is None else tasks[i]] += int(x) - int(y)
+    for i, (x, y) in enumerate(zip(a, b)): net[i if tasks is None else tasks[i]] += int(x) - int(y)
     gained, lost = sum(v > 0 for v in net.values()), sum(v < 0 for v in net.values())
     return _McNemar(gained, lost, float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0)
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..agents import Agent
+from ..base.errors import DataError
 from ..base.statistics import bootstrap
 from ..data import Episode
 from ..mdp import rollout
@@ -27,7 +28,8 @@ def evaluate(
     batch_size:int=256, # completions under way at once
     **kwargs, # `intervene`, see `rollout`
 )->dict[str, np.ndarray]: # answer_accuracy, r_cons_f, r_cons_c, r_ret -> [E]
-    "One trajectory per episode, scored. The global random state is left as it was."
+    "One trajectory per episode, scored. The global random state is left as it was. Raises `DataError` for no episodes."
+    if not episodes: raise DataError("no episodes to evaluate on: give some that were held out")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         groups = rollout(agents, episodes, 1, temperature, batch_size=batch_size, **kwargs)

@@ -42,7 +42,7 @@ class PrioritySampler:
         """k episode numbers, drawn without replacement (Efraimidis and Spirakis 2006).
         Raises `CreditError` if there are fewer."""
         if k > self.n: raise CreditError(f"{k} episodes a step, but only {self.n} to choose from")
-        def arrival(e): # the logarithm of -log(u) / weight, an exponential waiting time: no power makes it 0 or infinite
+        def arrival(e): # an exponential waiting time, -log(u) / weight, as a logarithm: no power makes it 0
             u, weight = self.rng.random(), self.priority(e) + self.epsilon # before the power
             return math.log(-math.log(max(u, 1e-300))) - self.power * math.log(max(weight, 1e-300))
         return sorted(range(self.n), key=arrival)[:k]

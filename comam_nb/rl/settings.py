@@ -84,6 +84,7 @@ class CoMAMConfig(GRPOConfig):
     per_device_train_batch_size:int|None = None # rows of a pass; None: an agent's rows / micro_batches_per_agent
     gradient_accumulation_steps:int|None = None # passes of a step; None: what follows from the agents
     beta:float = 0.0 # weight of the KL term of CoMAM Eq. 7-8; Eq. 16 has none
+    use_bias_correction_kl:bool = False # Eq. 8 as it stands; True: times the ratio, for an unbiased gradient
     loss_type:str = "grpo" # mean over a completion's tokens, then over completions
     gradient_checkpointing:bool = False # recompute activations to save memory
     shuffle_dataset:bool = False # rows are ordered by agent
@@ -166,6 +167,8 @@ def _cut(c: CoMAMConfig, world: int) -> int:
         raise CreditError(f"{c.episodes_per_step} episodes per step do not divide over {world} processes: "
                           f"take a multiple of {world}")
     rows, size = share * c.num_generations, c.per_device_train_batch_size
+    if c.micro_batches_per_agent < 1:
+        raise CreditError(f"micro_batches_per_agent={c.micro_batches_per_agent}: take 1, or a divisor of {rows}")
     if size is not None and (size < 1 or rows % size or c.micro_batches_per_agent not in (1, rows // size)):
         raise CreditError(f"per_device_train_batch_size={size}: an agent has {rows} rows a step (episodes x "
                           f"num_generations), in {c.micro_batches_per_agent} passes; take a divisor of {rows}, "

@@ -41,6 +41,7 @@ def _drawn_whole(records)->tuple[str, list|None]:
 
 def _aligned(runs):
     "The ids that all runs share, and what is drawn whole for an interval."
+    if not runs: raise DataError("no runs to compare: give the records of one system or more")
     by_id = {name: {r["id"]: r for r in records} for name, records in runs.items()}
     first = next(iter(by_id.values()))
     ids = [i for i in first if all(i in b for b in by_id.values())]
