@@ -45,7 +45,7 @@ def multiplicities(
     return np.bincount(draws.ravel(), minlength=n * resamples).reshape(resamples, n).astype(float)
 
 # %% ../../nbs/source/base/05_statistics.ipynb #7cd1c6b5
-def _numbers(values):
+def _numbers(values:ArrayLike)->np.ndarray:
     try: return np.asarray(values, dtype=float)
     except (TypeError, ValueError) as e:
         raise DataError(f"the values are no table of numbers ({e}): give one number for each outcome") from None

@@ -33,7 +33,8 @@ def without_thinking(
 )->str: # what it says; "" if it was cut off while it thought
     "A text without the thinking in it, wherever that begins and ends."
     rest = _BLOCK.sub("", text)
-    if rest != text and _HEAD.sub("", rest).strip() == "": rest = _END.sub("", rest) # a closing tag too many, at the end
+    if rest != text and not _HEAD.sub("", rest).strip(): # nothing but a closing tag too many, at the end
+        rest = _END.sub("", rest)
     rest = _HEAD.sub("", rest)
     return text if rest == text else rest.strip()
 

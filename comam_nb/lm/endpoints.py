@@ -168,7 +168,7 @@ class _Fault:
     wait:float|None=None # seconds that the server asks to wait
     advice:str="check the model's name, the key and the quota" # for a fatal one
 
-def _worded(error:Exception)->str:
+def _worded(error:BaseException)->str:
     "What an error says, or the server's answer where it says nothing of it."
     if not re.fullmatch(r"Error code: \d+", str(error)): return str(error)
     try: return f"{error} - {getattr(error, 'response').text[:_EXCERPT]}".rstrip("- ")

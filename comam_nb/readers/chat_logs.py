@@ -225,7 +225,8 @@ def _first(record:dict[str, Any], names:Iterable[str])->Any:
 def _as_tree(messages:Any)->dict[str, Any]: # for `_chatgpt_branch`
     "Messages that name what they answer."
     nodes:dict[str, Any] = {}
-    todo = [(m, None) for m in (messages.values() if isinstance(messages, dict) else messages)]
+    todo:list[tuple[Any, str|None]] = [(m, None) for m in
+                                       (messages.values() if isinstance(messages, dict) else messages)]
     for m, above in todo: # children join the list
         if not isinstance(m, dict): continue
         id, parent = str(_first(m, _ID) or len(nodes)), _first(m, _PARENT)
@@ -244,6 +245,7 @@ def _branches(messages:Any)->bool:
     parents = [p for m in records if (p := _first(m, _PARENT)) is not None]
     return len(parents) > len(set(parents)) # two answers to one message
 
+# %% ../../nbs/source/readers/04_chat_logs.ipynb #72e4865d
 def _pairs(m:Any)->list[Any]: # messages
     "{human: …, assistant: …} is two messages."
     if not isinstance(m, dict) or not m or any(k not in _ROLE_NAMES for k in m): return [m]
@@ -274,22 +276,31 @@ def _chat_session(
     id = next((str(i) for i in ids if i and isinstance(i, (str, int))), "")
     return clean_text(id), clean_text(date), known[0] if known else None, messages
 
+# %% ../../nbs/source/readers/04_chat_logs.ipynb #72e4865e
+def _placed(
+    around:dict[str, Any], # what holds the messages
+    messages:Any, # a list of them, a tree, or JSON text in a table
+    where:str, # named in errors
+    report:Episodes, # its counters are updated
+)->list[tuple[str, Any]]: # each with its place
+    "The messages of one session, one after the other. Raises `DataError`."
+    if isinstance(messages, str) and messages.lstrip()[:1] == "[": messages = parse_json(messages, where)
+    if not isinstance(messages, list) and not (isinstance(messages, dict) and messages):
+        raise DataError(f"{where}: expected a list of messages, found {type(messages).__name__}.")
+    if _branches(messages):
+        tree = dict(mapping=_as_tree(messages), current_node=around.get("currentId"))
+        messages = _chatgpt_branch(tree, where, report.repaired)
+    each = [x for m in messages for x in _pairs(m)]
+    return [(f"{where}, message {i}", m) for i, m in enumerate(each, 1)]
+
+# %% ../../nbs/source/readers/04_chat_logs.ipynb #72e4865f
 def _chat_sessions(
     record:Any, # one record of a chat log
     where:str, # named in errors
     report:Episodes, # its counters are updated
 )->list[_Part]:
     "The sessions of one record. Raises `DataError`."
-    def session(around, messages, at):
-        if isinstance(messages, str) and messages.lstrip()[:1] == "[": messages = parse_json(messages, at) # of a table
-        if not isinstance(messages, list) and not (isinstance(messages, dict) and messages):
-            raise DataError(f"{at}: expected a list of messages, found {type(messages).__name__}.")
-        if _branches(messages):
-            tree = dict(mapping=_as_tree(messages), current_node=around.get("currentId"))
-            messages = _chatgpt_branch(tree, at, report.repaired)
-        each = [x for m in messages for x in _pairs(m)]
-        placed = [(f"{at}, message {i}", m) for i, m in enumerate(each, 1)]
-        return _chat_session(around, placed, report.repaired)
+    session = lambda around, messages, at: _chat_session(around, _placed(around, messages, at, report), report.repaired)
     if isinstance(record, list):
         if not record or not all(isinstance(m, list) for m in record): return [session({}, record, where)]
         return [session({}, m, f"{where}, session {i}") for i, m in enumerate(record, 1)]
@@ -332,6 +343,7 @@ def _holds(value:Any, depth:int=0)->bool:
     if isinstance(value, list): return any(_is_message(v) or _holds(v, depth + 1) for v in value)
     return _is_conversation(value) or (not _is_message(value) and any(_holds(v, depth + 1) for v in value.values()))
 
+# %% ../../nbs/source/readers/04_chat_logs.ipynb #43d11455
 def _own(record:dict[str, Any])->bool:
     "Are the messages of a conversation its own, and not those of others that it holds?"
     for name in _MESSAGES:
@@ -358,6 +370,7 @@ def _unwrapped(
                 out += _unwrapped(f"{where}, {name} {i}", one, depth + 1)
     return out or [(where, value)]
 
+# %% ../../nbs/source/readers/04_chat_logs.ipynb #43d11456
 def _chat_values(
     path:str|Path, # .json, .jsonl or a hub name
     split:str, # the split to take with a hub name
@@ -372,6 +385,7 @@ def _chat_values(
             for y in ([(f"{w}, element {i}", e) for i, e in enumerate(v, 1)] if held(v) else [(w, v)])
             for x in ([y] if _is_message(y[1]) else _unwrapped(*y))]
 
+# %% ../../nbs/source/readers/04_chat_logs.ipynb #43d11457
 def _whose(record:dict[str, Any], where:str)->str: # "" if it does not say
     "The user of a record. Raises `DataError`."
     about = record.get("metadata")
@@ -401,6 +415,7 @@ def _chat_lines(
         out.append((messages[0][0], around, [part]))
     return out
 
+# %% ../../nbs/source/readers/04_chat_logs.ipynb #43d11458
 def _chat_records(
     path:str|Path, # .json, .jsonl, .txt (ChatML) or a hub name
     split:str, # the split to take with a hub name
