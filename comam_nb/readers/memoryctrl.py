@@ -135,7 +135,9 @@ def read_memoryctrl(
     if questions: asked = _memoryctrl_records([Path(questions).expanduser()], out)[1]
     histories:dict[str, tuple[list, tuple[Session, ...]]] = {}
     for id, (where, talk) in talks.items():
-        try: events = [e for e in _events(get_field(talk, "conversation", list, where), where, out) if e[1]]
+        try:
+            events = [e for e in _events(get_field(talk, "conversation", list, where), where, out) if e[1]]
+            if not events: raise DataError(f"{where}: no line of its conversation can be read.")
         except DataError as e: count_odd(out.dropped, "odd conversation", e)
         else: histories[id] = events, make_history([said for _, said in events])
     numbered:dict[str, int] = {}
