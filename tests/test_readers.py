@@ -528,23 +528,24 @@ def test_odd_json_gives_episodes_or_the_documented_error(tmp_path_factory, value
 
 # ---- in whatever wraps them
 
-PAIR = [dict(role="user", content="I live in Porto."), dict(role="assistant", content="Nice.")]
+IN_PORTO = [dict(role="user", content="I live in Porto."), dict(role="assistant", content="Nice.")]
 PORTO = [("user", "I live in Porto."), ("assistant", "Nice.")]
 OPEN_WEBUI = {"1": dict(id="1", parentId=None, role="user", content="I live in Porto."),
               "2": dict(id="2", parentId="1", role="assistant", content="Old."),
               "3": dict(id="3", parentId="1", role="assistant", content="Nice.")}
 
 @pytest.mark.parametrize("value", [
-    dict(conversations=[chat(*PAIR)]), dict(data=[chat(*PAIR)], total=1), dict(thread=chat(*PAIR)), dict(turns=PAIR),
-    dict(c1=chat(*PAIR)), dict(conversation=chat(*PAIR)), dict(messages=json.dumps(PAIR)),
-    dict(custom_id="1", body=chat(*PAIR)), [dict(conversation=[dict(human="I live in Porto.", assistant="Nice.")])],
+    dict(conversations=[chat(*IN_PORTO)]), dict(data=[chat(*IN_PORTO)], total=1), dict(thread=chat(*IN_PORTO)),
+    dict(turns=IN_PORTO),
+    dict(c1=chat(*IN_PORTO)), dict(conversation=chat(*IN_PORTO)), dict(messages=json.dumps(IN_PORTO)),
+    dict(custom_id="1", body=chat(*IN_PORTO)), [dict(conversation=[dict(human="I live in Porto.", assistant="Nice.")])],
     [dict(id="c", chat=dict(history=dict(messages=OPEN_WEBUI, currentId="3")))],
     dict(messages=[dict(OPEN_WEBUI["1"], children=[OPEN_WEBUI["2"], OPEN_WEBUI["3"]])]),
     dict(messages=[*OPEN_WEBUI.values()]),
-    dict(object="list", data=[dict(m, created_at=1741078800 - i) for i, m in enumerate(PAIR[::-1])]), # newest first
-    [dict(type="user", message=PAIR[0]), dict(type="assistant", message=PAIR[1])],
-    chat(*(dict(type=t, content=m["content"]) for t, m in zip(("human", "ai"), PAIR))),
-    chat(*(dict(type=t, data=dict(content=m["content"])) for t, m in zip(("human", "ai"), PAIR))),
+    dict(object="list", data=[dict(m, created_at=1741078800 - i) for i, m in enumerate(IN_PORTO[::-1])]), # newest first
+    [dict(type="user", message=IN_PORTO[0]), dict(type="assistant", message=IN_PORTO[1])],
+    chat(*(dict(type=t, content=m["content"]) for t, m in zip(("human", "ai"), IN_PORTO))),
+    chat(*(dict(type=t, data=dict(content=m["content"])) for t, m in zip(("human", "ai"), IN_PORTO))),
     dict(text="<|im_start|>user\nI live in Porto.<|im_end|>\n<|im_start|>assistant\nNice.<|im_end|>"),
 ])
 def test_conversations_are_found_in_whatever_wraps_them(tmp_path, value):
@@ -553,7 +554,7 @@ def test_conversations_are_found_in_whatever_wraps_them(tmp_path, value):
 @pytest.mark.parametrize("mark", [dict(hidden=True), dict(isHidden="true"), dict(visible=False), dict(deleted=True),
                                   dict(metadata=dict(is_hidden=True)), dict(metadata=dict(visible=False))])
 def test_hidden_in_other_words(tmp_path, mark):
-    assert said(put(tmp_path/"a.json", [chat(dict(role="user", content="Be a pirate.", **mark), *PAIR)])) == PORTO
+    assert said(put(tmp_path/"a.json", [chat(dict(role="user", content="Be a pirate.", **mark), *IN_PORTO)])) == PORTO
 
 @pytest.mark.parametrize("text", [
     '<details type="reasoning" done="true">\n<summary>Thought</summary>\n> hm\n</details>\nNice.',
@@ -561,7 +562,7 @@ def test_hidden_in_other_words(tmp_path, mark):
     ":::thinking\nhm\n:::\nNice.", '<tool_call>\n{"name": "f"}\n</tool_call>\nNice.',
     "Nice. citeturn0search0turn1news2"])
 def test_what_an_app_folds_into_a_reply(tmp_path, text):
-    assert said(put(tmp_path/"a.json", [chat(PAIR[0], dict(role="assistant", content=text))])) == PORTO
+    assert said(put(tmp_path/"a.json", [chat(IN_PORTO[0], dict(role="assistant", content=text))])) == PORTO
 
 @pytest.mark.parametrize("name", ["user", "user_id", "userId", "object", "metadata"])
 def test_users_under_other_names(tmp_path, name):
@@ -573,7 +574,7 @@ def test_users_under_other_names(tmp_path, name):
         assert [said(path, user=u) for u in ("ana", "bo")] == [[("user", text_of(r))] for r in BOTH]
 
 def test_lines_of_several_sessions_and_people_with_names(tmp_path):
-    rows = [dict(m, session_id=s) for m, s in zip((PAIR[0], ONE["messages"][0], PAIR[1]), "xyx")]
+    rows = [dict(m, session_id=s) for m, s in zip((IN_PORTO[0], ONE["messages"][0], IN_PORTO[1]), "xyx")]
     history = read_history(put(tmp_path/"a.jsonl", lines(*rows)))
     assert [(s.id, len(s.messages)) for s in history] == [("x", 2), ("y", 1)]
     two = [dict(role="user", content="I row.", name="Ana"), dict(role="user", content="I ski.", name="Bo")]
