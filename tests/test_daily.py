@@ -113,7 +113,8 @@ def test_no_junk_is_imported(line, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_bytes(line.encode("latin-1"))
     code, _, err = run(capsys, "memory", "import", tmp_path / "memory.db", "--file", tmp_path / "in.jsonl")
     assert code == 2 and err.startswith("comam: ") and err.count("\n") == 1, err
-    assert run(capsys, "memory", "stats", tmp_path / "memory.db")[1].count("\n") == 1 # nothing is there
+    if (tmp_path / "memory.db").exists(): # then nothing is in it
+        assert run(capsys, "memory", "stats", tmp_path / "memory.db")[1].count("\n") == 1
 
 
 def test_an_import_keeps_the_turns_of_logs_apart(tmp_path, capsys):
