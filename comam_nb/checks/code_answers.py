@@ -55,6 +55,7 @@ def _defines(
     heads = (rf"^[ \t]*(?:async[ \t]+)?(?:def|class)[ \t]+{n}\b|^{n}[ \t]*=[^=]" for n in map(re.escape, names))
     return any(re.search(head, code, re.M) for head in heads)
 
+# %% ../../nbs/source/checks/06_code_answers.ipynb #03ecd596
 def _parsed(code:str)->ast.Module|None:
     try: return parse_python(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError): return None

@@ -75,6 +75,7 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 _WORDED = re.compile(rf"(?<!\bno )\b(?:(?P<hundred>(?:one|a)\s+hundred)|(?P<ten>{'|'.join(_TENS)})(?:[\s-](?P<one>"
                      rf"{'|'.join(_UP_TO_19[1:10])}))?|(?P<small>{'|'.join(_UP_TO_19[::-1])}))\b", re.I)
 
+# %% ../../nbs/source/checks/05_math_answers.ipynb #6c644572
 def _worded(m:re.Match)->int:
     "The number that a match of _WORDED says."
     if m["hundred"]: return 100
@@ -318,6 +319,7 @@ _ORDER = {"<": "(", ">": "(", "≤": "[", "≥": "["}
 _WRITTEN = {"≤": r"\\leq?(?:slant)?(?![a-z])|<=", "≥": r"\\geq?(?:slant)?(?![a-z])|>=", "<": r"\\lt(?![a-z])",
             ">": r"\\gt(?![a-z])"}
 
+# %% ../../nbs/source/checks/05_math_answers.ipynb #5db0fc39
 _SET_OF = r"^\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?\s*)?(?:\\mid(?![a-z])|[:|])(.*)\\\}$" # { x : … }
 _AND = r"\s*(?:\\text\s*\{\s*and\s*\}|\band\b|\\land|\\wedge)\s*"
 

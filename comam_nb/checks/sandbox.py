@@ -241,6 +241,7 @@ def _installed(name:str)->bool:
 _BEYOND = re.compile(r"redirect_stdout|sys\.std(?:out|in|err)|\bpatch(?:\.\w+)?\(|\bcapsys\b|random\.seed|\bset_seed\b"
                      r"|\bopen\(|\btempfile\b|\btmp_path\b|\.write_text\(|__(?:cause|context)__|\bissubclass\(")
 
+# %% ../../nbs/source/checks/03_sandbox.ipynb #8fa35d05
 def _beyond(text:str)->str: # "" for nothing
     "What tests reach for that is in the other process: its output, its input, its files, its random numbers."
     found = _BEYOND.search(text)
@@ -253,6 +254,7 @@ def _asks_identity(text:str)->str: # "" where they do not
             if not any(isinstance(x, ast.Constant) for x in (n.left, *n.comparators)): return "'is' on objects"
     return ""
 
+# %% ../../nbs/source/checks/03_sandbox.ipynb #8fa35d06
 def _used_outside(text:str)->list: # names
     "What tests use outside of their own functions and classes: those they call themselves."
     top = [n for n in ast.parse(text).body if not isinstance(n, (ast.FunctionDef, ast.ClassDef))]

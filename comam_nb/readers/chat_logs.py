@@ -461,6 +461,7 @@ def _speaker(record:Any)->str: # "" if it has none
     name = named[1] if named else record.get("name")
     return clean_text(name.strip()) if isinstance(name, str) else ""
 
+# %% ../../nbs/source/readers/04_chat_logs.ipynb #3f1715f1
 def _chat_users(
     path:str|Path, # the chat log
     keep_system:bool, # are system messages turns?
